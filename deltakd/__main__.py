@@ -1,0 +1,106 @@
+"""The command line: `python -m deltakd VERB`, or `deltakd VERB` where the package is installed."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
+
+SILENCE_S = 4.0
+
+EPILOG = """\
+A recipe is a name from recipes/ or a path. Any setting can be overridden: `train.steps=100 objective.target.alpha=0.25`.
+
+  python -m deltakd check ultrachat                      print the resolved recipe, or what is wrong with it
+  python -m deltakd run quickstart                       every stage: raw models, teacher, three students, one table
+  python -m deltakd train quickstart --stage forward_kl  one training stage, with the launcher that fits this machine
+  deepspeed launchers/train.py --recipe ultrachat        the distillation alone, on a node with GPUs
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    main = argparse.ArgumentParser(
+        prog="deltakd",
+        description="Distil a small language model from a large one by the shift that fine-tuning put into it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verbs = main.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        command.add_argument("recipe", help="a name from recipes/, or a path")
+        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's")
+        return command
+
+    check = verb("check", "print the resolved recipe, or say what is wrong with it")
+    check.add_argument("--stage", help="the recipe as this stage of its pipeline runs it")
+    run = verb("run", "run every stage of the recipe's pipeline that is not finished")
+    run.add_argument("--processes", type=int, metavar="N", help="processes per training stage; default: one per accelerator")
+    train = verb("train", "train: the recipe itself or one stage of it, with the launcher that fits this machine")
+    train.add_argument("--stage", help="a stage of the recipe's pipeline")
+    train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
+    serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
+    add_teacher_options(serve)
+    return main
+
+
+def add_teacher_options(command: argparse.ArgumentParser) -> None:
+    """Add what a teacher rank must know beside its recipe."""
+    command.add_argument("--stage", help="a stage of the recipe's pipeline")
+    command.add_argument("--launch", help="name that teachers and students of one run share; default: from the launcher")
+    command.add_argument("--index", type=int, default=0, help="which teacher rank of this node it is")
+    command.add_argument("--students", type=int, default=1, help="student ranks of this node; it ends when all have left")
+    command.add_argument("--device", default="cuda:0", help="where it computes; the CPU where there is no GPU")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; return the exit code."""
+    options = parser().parse_args(arguments)
+    return guarded(lambda: _dispatch(options))
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    if options.verb == "check":
+        from deltakd.recipe.checks import check_every_stage
+        from deltakd.recipe.load import dump_recipe, load
+
+        check_every_stage(options.recipe, options.overrides)
+        print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
+    elif options.verb == "serve":
+        from deltakd.recipe.load import load
+        from deltakd.recipe.ranks import serve
+
+        loaded = load(options.recipe, options.overrides, options.stage)
+        serve(loaded, options.index, options.students, options.launch, options.device)
+    else:
+        from deltakd.recipe import pipeline
+
+        if options.verb == "run":
+            pipeline.run(options.recipe, options.overrides, options.processes)
+        else:
+            pipeline.train(options.recipe, options.overrides, options.stage, options.processes)
+
+
+def guarded(life: Callable[[], None]) -> int:
+    """Live a process's life; a fault that its reader can act on becomes one sentence and exit code 2."""
+    try:
+        life()
+    except DeltaKDError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the others;
+            # a fault of this rank alone is still said.
+            time.sleep(SILENCE_S)
+        print(f"deltakd: {error}" if rank == "0" else f"deltakd, rank {rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

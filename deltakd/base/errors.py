@@ -1,0 +1,31 @@
+"""The errors a user can cause or meet: one sentence that says where, what with its values, and what to do.
+
+Everything that derives from DeltaKDError ends a command with that sentence and exit code 2, without a stack trace.
+Any other exception is a bug of ours and keeps its trace.
+"""
+
+EXIT_USER_ERROR = 2
+
+
+class DeltaKDError(Exception):
+    """A fault that its reader can act on; the message is complete and ends with what to do."""
+
+
+class RecipeError(DeltaKDError):
+    """A recipe or an override that cannot hold."""
+
+
+class DataError(DeltaKDError):
+    """Rows that cannot become training examples."""
+
+
+class ModelError(DeltaKDError):
+    """Weights, tokenizers or vocabularies that are missing or do not fit together."""
+
+
+class TeacherError(DeltaKDError):
+    """A frozen model that cannot answer, or that answered something unusable."""
+
+
+class RunError(DeltaKDError):
+    """A run directory, a process or a machine that cannot carry the run."""

@@ -1,0 +1,92 @@
+"""Nobody outlives the run: every process watches those that started it and ends when one of them is gone.
+
+Launchers leave orphans behind when they are killed (a SIGKILLed `deepspeed` leaves its ranks running), so a process
+does not rely on them. It asks the kernel to end it with its parent, and a thread watches the launchers above.
+"""
+
+import ctypes
+import os
+import select
+import signal
+import threading
+from pathlib import Path
+
+import psutil
+
+# A process above us belongs to the launch if its command line names one of these.
+LAUNCHER_MARKS = ("deepspeed", "torchrun", "torch.distributed", "deltakd", "launchers/")
+PR_SET_PDEATHSIG = 1
+EXIT_ORPHANED = 3
+
+
+def launching_ancestors() -> list[int]:
+    """Return the pids above this process that belong to its launch, nearest first.
+
+    The walk ends at the first ancestor that is not a launcher (a login shell, sshd, slurmstepd), so closing a terminal
+    does not end a run that was started to outlive it.
+    """
+    pids: list[int] = []
+    for ancestor in psutil.Process().parents():
+        try:
+            command = ancestor.cmdline()
+        except (psutil.AccessDenied, psutil.NoSuchProcess):
+            break
+        is_interactive_shell = len(command) == 1
+        if is_interactive_shell or not any(mark in word for word in command for mark in LAUNCHER_MARKS):
+            break
+        pids.append(ancestor.pid)
+    return pids
+
+
+def end_with_launchers() -> None:
+    """End this process, at once and without cleaning up, when a process that launched it ends.
+
+    What must be removed then is removed by the scratch directory's own janitor, which no death can skip.
+    """
+    ancestors = launching_ancestors()
+    parent = os.getppid()
+    if parent in ancestors:
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(EXIT_ORPHANED)
+    descriptors = []
+    for pid in ancestors:
+        try:
+            descriptors.append(os.pidfd_open(pid))
+        except ProcessLookupError:
+            os._exit(EXIT_ORPHANED)
+    if descriptors:
+        threading.Thread(target=_end_with_first, args=(descriptors,), name="launcher-watch", daemon=True).start()
+
+
+def _end_with_first(descriptors: list[int]) -> None:
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    poll.poll()
+    os._exit(EXIT_ORPHANED)
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this node runs; a zombie does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def launch_identity(directory: Path) -> str:
+    """Name this launch on this node: equal for all processes that one launcher started for one run directory."""
+    import hashlib
+
+    given = os.environ.get("DELTAKD_LAUNCH")
+    if given:
+        return given
+    parent = psutil.Process(os.getppid())
+    text = f"{directory.resolve()}|{parent.pid}|{parent.create_time()}"
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory."""
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,165 @@
+"""The run directory: everything a run leaves for its reader, written so that nothing in it is ever half there.
+
+    recipe.yaml      the resolved recipe            run.json        commit, versions, machine
+    processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
+    export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltakd.base.errors import RunError
+
+FINISHED = "finished.json"
+VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
+
+
+class RunDirectory:
+    """One run's folder. Any process may append records; only the student of rank 0 holds the claim on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def export(self) -> Path:
+        """Where the trained model lies, as a normal Hugging Face folder."""
+        return self.path / "export"
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Hold the directory for this process; raises RunError if a live run has it or it cannot be written."""
+        lock = self._open_lock()
+        try:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "an unknown process"
+                raise RunError(
+                    f"{self.path}: in use by a live run ({holder}). Wait for it, end it, or write another root=..."
+                ) from None
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+        finally:
+            os.close(lock)
+
+    def _open_lock(self) -> int:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise RunError(
+                f"{self.path}: cannot be written ({error.strerror}). Write root=... with a folder that can."
+            ) from error
+
+    def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
+        """Clear what an unfinished run left and write who runs now, and by which recipe."""
+        for name in ("steps.jsonl", "processes.jsonl", "tensorboard", "export", "export.part"):
+            remove(self.path / name)
+        write_text(self.path / "recipe.yaml", recipe_text)
+        write_json(self.path / "run.json", {**machine_facts(), **facts})
+
+    def append(self, name: str, record: Mapping[str, Any]) -> None:
+        """Append one line to a .jsonl file; a single write, so lines of several processes never mix."""
+        line = json.dumps(record) + "\n"
+        with (self.path / name).open("ab", buffering=0) as file:
+            file.write(line.encode())
+
+    def read_lines(self, name: str) -> list[dict[str, Any]]:
+        """Read a .jsonl file whole; a line that is still being written is left out."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+    def finish(self, facts: Mapping[str, Any]) -> None:
+        """Mark the run as successful."""
+        write_json(self.path / FINISHED, {"finished": timestamp(), **facts})
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return what `finish` wrote, or None."""
+        path = self.path / FINISHED
+        return dict(json.loads(path.read_text())) if path.exists() else None
+
+    def changes(self, recipe_text: str) -> list[str]:
+        """List what differs between this directory's recipe and another, as `key: old, now new`."""
+        old = _flat(yaml.safe_load((self.path / "recipe.yaml").read_text()))
+        new = _flat(yaml.safe_load(recipe_text))
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its name and rename it, so that a reader or a crash never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    part.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as `write_text` does."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def timestamp() -> str:
+    """Return the time in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def machine_facts() -> dict[str, Any]:
+    """Say which code ran on which machine: commit, versions, processor, memory."""
+    import psutil
+
+    return {
+        "started": timestamp(),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in VERSIONS},
+        "host": socket.gethostname(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
+    }
+
+
+def commit() -> str:
+    """Return the commit of the code at work, with `+` if files differ from it; `unknown` outside a checkout."""
+    folder = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no").strip()
+        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,110 @@
+"""A run's corner of shared memory on one node: arenas and sockets in one folder that cannot be left behind.
+
+    /dev/shm/deltakd-<launch>/        mode 0700
+        lock                          every process of the run holds it shared
+        arena-<student rank>          slots for payloads
+        teacher-<index>.sock          ZeroMQ ipc sockets
+
+The kernel drops a dead process's lock, whatever killed it. A janitor, one tiny process per node, waits for the lock
+alone: it gets it when the last process of the run is gone, removes the folder and ends. Should the janitor be killed as
+well, the next run on the node sweeps what nobody holds.
+"""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+
+from deltakd.base.errors import RunError
+
+PREFIX = "deltakd-"
+
+# Runs isolated (-I -S): no site packages, about 8 MB. The lock file is opened before the folder can vanish.
+_JANITOR = """
+import fcntl, shutil, signal, sys
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+try:
+    with open(sys.argv[1] + "/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shutil.rmtree(sys.argv[1], ignore_errors=True)
+except FileNotFoundError:
+    pass
+"""
+
+
+class Scratch:
+    """This process's hold on the run's folder in shared memory; use with `with`."""
+
+    def __init__(self, parent: Path, launch: str) -> None:
+        """Join the folder of the launch, making it if this process is the first. Raises RunError if it cannot be."""
+        sweep(parent)
+        self.path = parent / f"{PREFIX}{launch}"
+        self._lock = _join(self.path)
+
+    def __enter__(self) -> "Scratch":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+
+def _join(path: Path) -> int:
+    while True:
+        try:
+            path.mkdir(mode=0o700)
+            first = True
+        except FileExistsError:
+            first = False
+        except OSError as error:
+            raise RunError(f"{path}: cannot be made ({error.strerror}). Free shared memory on this node.") from error
+        try:
+            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # swept between the two calls
+            continue
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        try:
+            still_there = os.stat(path / "lock").st_ino == os.fstat(lock).st_ino
+        except FileNotFoundError:
+            still_there = False
+        if still_there:
+            if first:
+                _start_janitor(path)
+            return lock
+        os.close(lock)
+
+
+def _start_janitor(path: Path) -> None:
+    subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _JANITOR, str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+
+
+def sweep(parent: Path) -> list[Path]:
+    """Remove the folders of runs of which no process lives on this node; return them."""
+    removed = []
+    for path in parent.glob(f"{PREFIX}*"):
+        try:
+            lock = os.open(path / "lock", os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # being made or removed at this moment, or another user's
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+        finally:
+            os.close(lock)
+    return removed

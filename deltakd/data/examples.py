@@ -1,0 +1,81 @@
+"""Tokenised examples: what tokens a row became, and what is learnt of them.
+
+A set is flat arrays, so that it can be memory mapped, and so that leaving examples out copies nothing. Who makes one
+from rows: tokenise.py. Who lays examples out for a model: packing.py.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltakd.base.errors import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens int32 [L]; supervised bool [L]: token i is a label, predicted from the tokens before it; never token 0."""
+
+    tokens: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What became of the rows. Tokens are those of the examples that are left."""
+
+    rows: int = 0
+    dropped_over_long: int = 0
+    truncated: int = 0
+    dropped_unsupervised: int = 0
+    dropped_in_validation: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """Examples as flat arrays: example i is the `lengths[i]` tokens from `starts[i]` on. Indexing gives views."""
+
+    tokens: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    counts: ExampleCounts = field(default_factory=ExampleCounts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Example:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        part = slice(int(self.starts[index]), int(self.starts[index] + self.lengths[index]))
+        return Example(self.tokens[part], self.supervised[part])
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+
+def drop_validation(train: ExampleSet, validation: ExampleSet, where: str = "data.train") -> ExampleSet:
+    """Return train without the examples whose tokens also stand in validation, counted in `dropped_in_validation`.
+
+    Real chat sets repeat a few rows, so this is no error; but held-out rows are never learnt from. Raises DataError if
+    no training example is left. Equal means equal tokens; a common prompt with another answer stays.
+    """
+    held_out = {example.tokens.tobytes() for example in validation}
+    keep = np.array([example.tokens.tobytes() not in held_out for example in train], dtype=np.bool_)
+    if keep.all():
+        return train
+    if not keep.any():
+        raise DataError(
+            f"{where}: all {len(train):,} examples also stand in data.validation. Write other rows in one of the two."
+        )
+    kept = replace(train, starts=train.starts[keep], lengths=train.lengths[keep])
+    counts = replace(
+        train.counts,
+        dropped_in_validation=int((~keep).sum()),
+        tokens=int(kept.lengths.sum()),
+        supervised_tokens=sum(int(example.supervised.sum()) for example in kept),
+    )
+    return replace(kept, counts=counts)

@@ -1,0 +1,179 @@
+"""Where rows come from: the hub or local files, both through the `datasets` library, which only this file imports.
+
+Local files are read one by one, so that a row is known by its file and its place there. The library keeps an Arrow copy
+under its cache folder (HF_DATASETS_CACHE) and reads a file again when its modification time changes; rows are memory
+mapped from there, so a large set costs disk and not memory. Importing the library takes seconds, hence not at the top.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from deltakd.base.errors import DataError
+from deltakd.data.hub import FILE_SUFFIXES, could_be_hub_id, refuse_unreachable
+from deltakd.data.settings import SourceSettings
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, in order: parts of (file or hub id, its `datasets.Dataset`, number of its first row)."""
+
+    parts: tuple[tuple[str, Any, int], ...]
+
+    def __len__(self) -> int:
+        return sum(len(dataset) for _, dataset, _ in self.parts)
+
+    def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield `file:row`, counted from one, and the row."""
+        for name, dataset, first in self.parts:
+            for index, row in enumerate(dataset):
+                yield f"{name}:{first + index}", row
+
+
+def load_rows(source: SourceSettings) -> Rows:
+    """Open the rows of a source. Raises DataError in one sentence if there are none to be had."""
+    files = local_files(source.path)
+    parts = [(str(file), _load_file(file)) for file in files] if files else [(source.path, _load_hub(source))]
+    selected = _select(parts, source.skip_rows, source.num_rows)
+    if not any(len(dataset) for _, dataset, _ in selected):
+        num_rows = sum(len(dataset) for _, dataset in parts)
+        raise DataError(
+            f"{source.path}: no rows left of {num_rows:,} after skip_rows {source.skip_rows:,}. "
+            "Write a smaller skip_rows."
+        )
+    return Rows(selected)
+
+
+def identity(source: SourceSettings) -> list[list[Any]]:
+    """Return what a cache of this source depends on: every file's path, size and modification time, or the hub's names.
+
+    A hub data set without a `revision` counts as unchanging; pin one where that matters.
+    """
+    files = local_files(source.path)
+    if not files:
+        return [[source.path, source.subset, source.split, source.revision]]
+    facts = [(file, file.stat()) for file in files]
+    return [[str(file.resolve()), stat.st_size, stat.st_mtime_ns] for file, stat in facts]
+
+
+def local_files(path: str) -> list[Path]:
+    """Return the files that a file, folder or pattern stands for, sorted; none where the path can be a hub id."""
+    here = Path(path).expanduser()
+    if here.is_dir():
+        found = sorted(file for file in here.rglob("*") if file.name.endswith(FILE_SUFFIXES) and file.is_file())
+    elif here.exists():
+        found = [here]
+    elif has_magic(path):
+        matches = glob(str(here), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = sorted(file for file in map(Path, matches) if file.is_file())
+    elif could_be_hub_id(path):
+        return []
+    else:
+        raise DataError(f"{path}: does not exist. Write an existing file, folder or pattern, or a hub id.")
+    known = [file for file in found if file.name.endswith(FILE_SUFFIXES)]
+    if not known or len(known) < len(found):
+        other = next((file for file in found if file not in known), None)
+        raise DataError(
+            f"{path}: {f'cannot read {other.name}' if other else 'no files there'}. "
+            f"Write a path to files that end in {', '.join(FILE_SUFFIXES)}."
+        )
+    return known
+
+
+def _select(parts: list[tuple[str, Any]], skip: int, num_rows: int | None) -> tuple[tuple[str, Any, int], ...]:
+    selected = []
+    for name, dataset in parts:
+        begin = min(skip, len(dataset))
+        end = len(dataset) if num_rows is None else min(begin + num_rows, len(dataset))
+        skip -= begin
+        if num_rows is not None:
+            num_rows -= end - begin
+        selected.append((name, dataset.select(range(begin, end)), begin + 1))
+    return tuple(selected)
+
+
+def _load_file(file: Path) -> Any:
+    import datasets
+
+    builder = "parquet" if file.name.endswith(".parquet") else "json"
+    try:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: the file is empty. Write rows into it, or another path.")
+        with _quiet():
+            return datasets.load_dataset(builder, data_files=[str(file)], split="train")
+    except StopIteration as error:  # how the library says that a file has no row
+        raise DataError(f"{file}: no rows in it. Write rows into it, or another path.") from error
+    except (datasets.exceptions.DatasetsError, ValueError, EOFError, OSError) as error:
+        raise DataError(_explain(file, error)) from error
+
+
+def _load_hub(source: SourceSettings) -> Any:
+    import datasets
+
+    refuse_unreachable("dataset", source.path, source.revision, DataError)
+    try:
+        return datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise DataError(
+            f"{source.path}: cannot be loaded with subset {source.subset}, split {source.split} "
+            f"({_first_line(error)}). Write a subset and split that it has, or a local path."
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the library's own progress bars and logs; errors come to the user through DataError instead."""
+    import datasets
+
+    shown, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _explain(file: Path, error: Exception) -> str:
+    """Say what is wrong with a file that the library refuses: the first line that is no JSON object, if any."""
+    if not file.name.endswith(".parquet"):
+        try:
+            fault = _first_bad_line(file)
+        except (OSError, EOFError, UnicodeDecodeError) as unreadable:
+            return f"{file}: cannot be read ({_first_line(unreadable)}). Write the file anew."
+        if fault:
+            return f"{file}:{fault}. Correct the line, or leave it out."
+    return f"{file}: cannot be read ({_first_line(error.__cause__ or error)}). Write a file of rows in its format."
+
+
+def _first_bad_line(file: Path) -> str | None:
+    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+        if ".jsonl" not in file.name and lines.read(1) == "[":  # one list, over any number of lines
+            lines.seek(0)
+            try:
+                json.load(lines)
+            except json.JSONDecodeError as error:
+                return f"{error.lineno}: not JSON ({error.msg} at column {error.colno})"
+            return None
+        lines.seek(0)
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"{number}: not JSON ({error.msg} at column {error.colno})"
+            if not isinstance(row, dict):
+                return f"{number}: {type(row).__name__} where an object with columns belongs"
+    return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:150].rstrip(". ")

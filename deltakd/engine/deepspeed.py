@@ -1,0 +1,157 @@
+"""DeepSpeed ZeRO-3: weights, gradients and optimizer state sharded over the student ranks.
+
+DeepSpeed averages gradients over ranks and knows nothing of tokens, so the loss is weighted by ranks / tokens; the
+number of micro-batches varies from step to step, so the boundary is told by hand. AdamW is torch's own: DeepSpeed's
+take minutes to compile where there is no GPU.
+"""
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakd.base.errors import RunError
+from deltakd.base.ranks import Role, TorchWorld
+from deltakd.engine.build_lock import wait_for_builds
+from deltakd.engine.protocol import (
+    Optimizer,
+    StudentModule,
+    TrainBatch,
+    device_name,
+    parameter_groups,
+    save_folder,
+    total_norm,
+)
+from deltakd.engine.settings import DeepSpeedSettings
+from deltakd.losses.linear import LinearLoss, Reference
+
+
+def config(settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ranks: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": num_ranks,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "steps_per_print": 10**12,
+    }
+
+
+def join_students(role: Role) -> TorchWorld:
+    """Join the students' process group: teachers are launched with us but never belong to it.
+
+    Raises RunError if the rendezvous port is taken or if a killed build of DeepSpeed's operations left its lock behind.
+    """
+    os.environ |= {
+        "RANK": str(role.rank),
+        "WORLD_SIZE": str(role.num_students),
+        "LOCAL_RANK": str(role.local_index),
+        "LOCAL_SIZE": str(role.num_local_students),
+        "LOCAL_WORLD_SIZE": str(role.num_local_students),
+    }
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if role.num_students == 1:
+        os.environ["MASTER_PORT"] = str(_free_port())
+    elif role.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
+    wait_for_builds()
+    import deepspeed
+
+    deepspeed.init_distributed(verbose=False)
+    return TorchWorld("cpu" if torch.distributed.get_backend() == "gloo" else f"cuda:{role.local_index}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _refuse_taken_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise RunError(
+                f"launch: port {port} is taken on {socket.gethostname()}, so the students cannot meet. "
+                f"Start with another, as `deepspeed --master_port {port + 1} ...`."
+            ) from error
+
+
+class DeepSpeedEngine:
+    """The student under ZeRO-3; every rank makes one and calls it in step with the others."""
+
+    def __init__(
+        self, module: StudentModule, settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, role: Role
+    ) -> None:
+        import deepspeed
+
+        self.device = device_name(role.local_index)
+        self._module = module
+        self._num_ranks = role.num_students
+        self._rank = role.rank
+        module.train()
+        groups = parameter_groups([(n, p) for n, p in module.named_parameters() if p.requires_grad], optimizer.weight_decay)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas),
+            config=config(settings, optimizer, dtype, role.num_students),
+        )
+
+    def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
+        result: LinearLoss = self._engine(batch, references)
+        return result
+
+    def backward(self, total: Tensor, weight: float, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(total * (weight * self._num_ranks))
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, from this rank's shard and the others'."""
+        from deepspeed.utils import safe_get_local_grad
+
+        local = [safe_get_local_grad(parameter) for parameter in self._module.parameters()]
+        square = torch.tensor([total_norm([g for g in local if g is not None]) ** 2], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(square)
+        return float(square) ** 0.5
+
+    def update(self, learning_rate: float, grad_norm: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        """Gather one parameter at a time; rank 0 writes."""
+        import deepspeed
+
+        state: dict[str, Tensor] = {}
+        for name, parameter in self._module.model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if self._rank == 0:
+                    state[name] = parameter.detach().cpu().clone()
+        if self._rank == 0:
+            save_folder(self._module.model, state, folder)
+        torch.distributed.barrier()
+
+
+@contextmanager
+def sharded_loading(configuration: dict[str, Any]) -> Iterator[None]:
+    """Have transformers shard a model over the students while it loads, so that no rank ever holds it whole."""
+    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    keep = HfDeepSpeedConfig(configuration)
+    try:
+        yield
+    finally:
+        del keep
+        unset_hf_deepspeed_config()

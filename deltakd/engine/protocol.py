@@ -1,0 +1,113 @@
+"""The Engine seam, and the one module that every engine wraps.
+
+Backbone, head and chunked loss run inside *one* module's forward. Under ZeRO-3 that is the only form that is right with
+tied weights: reading a sharded head outside of a wrapped forward finds an empty tensor.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from deltakd.losses.linear import LinearLoss, Reference, linear_loss
+from deltakd.losses.objectives import Objective
+from deltakd.models.forward import Batch, Layout, head_weight, supervised_hidden
+
+
+class TrainBatch(Batch, Protocol):
+    """A batch with its labels."""
+
+    @property
+    def labels(self) -> Tensor:
+        """The token that each supervised position predicts [N]."""
+
+
+class StudentModule(nn.Module):
+    """A causal language model with its loss: forward(batch, references) is the sum over supervised tokens."""
+
+    def __init__(self, model: nn.Module, objective: Objective, layout: Layout, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = objective
+        self._layout: Layout = layout
+        self._vocab_size = vocab_size
+
+    def forward(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
+        """Return the loss sum; a batch without supervised tokens gives 0 and still runs every layer."""
+        hidden_NH = supervised_hidden(self.model, batch, self._layout)
+        head_VH = head_weight(self.model)
+        if len(head_VH) != self._vocab_size:
+            head_VH = head_VH[: self._vocab_size]
+        return linear_loss(hidden_NH, head_VH, references, batch.labels, self._objective)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW's numbers and the norm that gradients are clipped to; the rate of each step comes with the step."""
+
+    learning_rate: float
+    betas: tuple[float, float]
+    weight_decay: float
+    max_grad_norm: float
+
+
+class Engine(Protocol):
+    """Holds the student in training. Losses never see how it is sharded."""
+
+    device: str
+
+    def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
+        """Run the student and the loss on one micro-batch; the total is a sum over this rank's tokens."""
+
+    def backward(self, total: Tensor, weight: float, last: bool) -> None:
+        """Add weight * d total to the gradients, summed over ranks; `last` marks a step's last micro-batch."""
+
+    def grad_norm(self) -> float:
+        """Return the norm of the whole gradient, before any clipping."""
+
+    def update(self, learning_rate: float, grad_norm: float) -> None:
+        """Clip to the settings' norm, take one optimizer step at this rate and clear the gradients."""
+
+    def save(self, folder: Path) -> None:
+        """Write the student as a Hugging Face folder, whole; every rank calls, rank 0 writes."""
+
+
+def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Split parameters into those that decay (matrices) and those that do not (norms and biases)."""
+
+    def is_matrix(parameter: nn.Parameter) -> bool:
+        return len(getattr(parameter, "ds_shape", parameter.shape)) > 1  # ZeRO-3 leaves an empty tensor behind
+
+    decay = [parameter for _, parameter in named if is_matrix(parameter)]
+    rest = [parameter for _, parameter in named if not is_matrix(parameter)]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def total_norm(gradients: list[Tensor]) -> float:
+    """Return the norm over all gradients, summed in float64."""
+    return float(sum(float(g.detach().double().square().sum()) for g in gradients)) ** 0.5
+
+
+def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
+    """Return what a gradient is multiplied with so that its norm is at most `max_grad_norm`."""
+    return min(1.0, max_grad_norm / (grad_norm + 1e-6))
+
+
+def save_folder(model: Any, state: dict[str, Tensor] | None, folder: Path) -> None:
+    """Write a model's weights and config beside the folder's name and rename it."""
+    from deltakd.base.rundir import remove
+
+    part = folder.with_name(folder.name + ".part")
+    remove(part)
+    model.save_pretrained(part, state_dict=state)
+    remove(folder)
+    part.replace(folder)
+
+
+def device_name(local_index: int) -> str:
+    """Return this process's device: one accelerator per process, or the CPU."""
+    return f"cuda:{local_index}" if torch.cuda.is_available() else "cpu"

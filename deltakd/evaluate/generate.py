@@ -1,0 +1,58 @@
+"""Answers to held-out prompts: batched generation, greedy or sampled, the same for the same settings and seed.
+
+Prompts are batched by length, so little of a batch is padding, and put back into their order. transformers generates.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltakd.evaluate.settings import EvaluationSettings
+
+
+@torch.inference_mode()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    end_id: int,
+    settings: EvaluationSettings,
+    advance: Callable[[int], object] = lambda _: None,
+) -> list[str]:
+    """Return each prompt's answer as text, without its end-of-turn token; `advance` hears of every batch's size."""
+    torch.manual_seed(settings.seed)
+    order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
+    answers = [""] * len(prompts)
+    for first in range(0, len(order), settings.batch_size):
+        chosen = order[first : first + settings.batch_size]
+        written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings)
+        for index, tokens in zip(chosen, written.tolist(), strict=True):
+            stop = tokens.index(end_id) if end_id in tokens else len(tokens)
+            answers[index] = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+        advance(len(chosen))
+    return answers
+
+
+def _generate_batch(model: nn.Module, prompts: list[list[int]], end_id: int, settings: EvaluationSettings) -> Tensor:
+    """Return the tokens written after each prompt [B, at most max_new_tokens]."""
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    length = max(map(len, prompts))
+    # Left of a prompt stands padding that the mask hides, so every answer begins in the same column.
+    ids = torch.tensor([[end_id] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.temperature > 0,
+        eos_token_id=end_id,
+        pad_token_id=end_id,
+        **sampling,
+    )
+    # A model's own generation_config could bring sampling or a repetition penalty that the recipe does not name.
+    model.generation_config = config  # type: ignore[assignment]
+    written: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    return written[:, length:]

@@ -1,0 +1,144 @@
+"""Weights to models: a local folder or a hub id becomes a causal language model, or only its head.
+
+transformers does the loading; this file adds the checks that turn its traces into one sentence, and reads a frozen head
+alone, without the rest of its model. Weights come from safetensors only.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deltakd.base.errors import ModelError
+from deltakd.models.settings import ModelsSettings, WeightsSettings
+
+HEAD = "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What can be known of a model without loading it."""
+
+    weights: str
+    identity: str  # hash that tells these weights from others
+    hidden_size: int
+    head_rows: int
+
+
+@contextmanager
+def _one_sentence(where: str, weights: str) -> Iterator[None]:
+    """Turn what the hub and transformers raise for a missing or broken model into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().split("\n")[0].rstrip(".")
+        raise ModelError(
+            f"{where}: {weights} cannot be loaded ({type(error).__name__}: {reason[:200]}). "
+            "Write a folder with config.json and *.safetensors, or a hub id while the hub can be reached."
+        ) from error
+
+
+def resolve(where: str, settings: WeightsSettings) -> Path:
+    """Return the local folder of a model, fetching it from the hub if it is a hub id."""
+    path = Path(settings.weights).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists() or not list(path.glob("*.safetensors")):
+            raise ModelError(f"{where}: {path} holds no config.json with *.safetensors. Write the folder of a model.")
+        return path
+    from huggingface_hub import snapshot_download
+
+    if settings.weights.count("/") != 1 or settings.weights.startswith((".", "/", "~")):
+        raise ModelError(f"{where}: {settings.weights} does not exist. Write the folder of a model or a hub id.")
+    with _one_sentence(where, settings.weights):
+        return Path(
+            snapshot_download(
+                settings.weights,
+                revision=settings.revision,
+                allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+            )
+        )
+
+
+def load_config(where: str, folder: Path, settings: ModelsSettings) -> Any:
+    """Return the model's transformers config."""
+    from transformers import AutoConfig
+
+    with _one_sentence(where, str(folder)):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+
+
+def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
+    """Load a causal language model in the run's dtype, in evaluation mode, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    with _one_sentence(where, str(folder)):
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, settings.dtype),
+            attn_implementation=settings.attention,
+            trust_remote_code=settings.trust_remote_code,
+            use_safetensors=True,
+        )
+    return model.eval()
+
+
+def facts(where: str, folder: Path) -> ModelFacts:
+    """Read a model's facts from its config and the headers of its weights; costs milliseconds at any size."""
+    from safetensors import safe_open
+
+    config = json.loads((folder / "config.json").read_text())
+    config = config.get("text_config", config)
+    file, name = _find_head(where, folder)
+    with safe_open(file, framework="pt") as weights:
+        head_rows = weights.get_slice(name).get_shape()[0]
+    return ModelFacts(str(folder), identity(folder), int(config["hidden_size"]), int(head_rows))
+
+
+def load_head(where: str, folder: Path, dtype: torch.dtype, vocab_size: int) -> Tensor:
+    """Load the first `vocab_size` rows of a model's head [V, H] and nothing else of it."""
+    from safetensors import safe_open
+
+    file, name = _find_head(where, folder)
+    with safe_open(file, framework="pt") as weights:
+        head: Tensor = weights.get_slice(name)[:vocab_size]
+    return head.to(dtype).contiguous()
+
+
+def _find_head(where: str, folder: Path) -> tuple[Path, str]:
+    """Return the file and tensor name of the head; a model with tied embeddings keeps it under the embedding's name."""
+    from safetensors import safe_open
+
+    names: dict[str, Path] = {}
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        names = {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    else:
+        for file in sorted(folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as weights:
+                names |= dict.fromkeys(weights.keys(), file)
+    for name in (HEAD, EMBEDDING):
+        if name in names:
+            return names[name], name
+    raise ModelError(f"{where}: {folder} has neither {HEAD} nor {EMBEDDING}. Write a causal language model's folder.")
+
+
+def identity(folder: Path) -> str:
+    """Hash a model's weights by sizes, headers and 64 samples of each file: any training changes all of them."""
+    digest = hashlib.blake2b(digest_size=12)
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as weights:
+            for sample in range(64):
+                weights.seek(size * sample // 64)
+                digest.update(weights.read(65536))
+    return digest.hexdigest()

@@ -1,0 +1,42 @@
+"""What a recipe says about its models: which weights play which role, and how a new small model is made."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from deltakd.base.settings import Settings
+
+
+class WeightsSettings(Settings):
+    """One model: a local Hugging Face folder or a hub id."""
+
+    weights: str = Field(description="A folder with config.json and *.safetensors, or a hub id.")
+    revision: str | None = Field(None, description="A commit or tag on the hub.")
+
+
+class ModelsSettings(Settings):
+    """The models of a run by role; the frozen ones are loaded only where the objective needs them."""
+
+    student: WeightsSettings = Field(description="The model in training; its initial weights.")
+    student_raw: WeightsSettings | None = Field(None, description="The frozen raw student; null: the student's initial weights.")
+    teacher: WeightsSettings | None = Field(None, description="The fine-tuned teacher.")
+    teacher_raw: WeightsSettings | None = Field(None, description="The teacher before its fine-tuning.")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of every forward pass.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = Field(False, description="Run code that comes with a model. Off unless you trust its author.")
+
+
+class NewModelSettings(Settings):
+    """A new model with random weights, for worlds that bring no model of their own (the quickstart)."""
+
+    architecture: Literal["qwen2", "llama"] = "qwen2"
+    tokenizer: str = Field(description="Folder of the tokenizer that the model speaks.")
+    hidden_size: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    max_positions: int = Field(4096, gt=0)
+    tie_embeddings: bool = True
+    head_rows: int | None = Field(None, description="Rows of the head; null: one per token. Larger ones stay unused.")
+    seed: int = 0

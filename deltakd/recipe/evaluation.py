@@ -1,0 +1,134 @@
+"""The evaluate stage: every model of the comparison answers the same held-out prompts; one table comes of it.
+
+A model whose scores lie there already, for the same weights and settings, is not asked again.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deltakd.base.errors import DataError
+from deltakd.base.rundir import machine_facts, write_json
+from deltakd.data.conversation import Conversation
+from deltakd.data.examples import Example, build_examples
+from deltakd.data.formats import read_row
+from deltakd.data.packing import pack
+from deltakd.data.settings import DataSettings, SourceSettings
+from deltakd.data.sources import load_rows
+from deltakd.data.template import ChatTemplate, Encoded
+from deltakd.data.tokenizer import load_tokenizer
+from deltakd.engine.protocol import device_name
+from deltakd.evaluate.compare import CROSS_ENTROPY, ModelScores, compare, write_comparison, write_predictions
+from deltakd.evaluate.cross_entropy import cross_entropy_rows
+from deltakd.evaluate.generate import generate
+from deltakd.evaluate.scores import rouge_rows
+from deltakd.evaluate.settings import CompareSettings
+from deltakd.models.load import identity, load_model, resolve
+from deltakd.models.settings import WeightsSettings
+from deltakd.recipe.load import Loaded
+from deltakd.recipe.schema import Recipe
+
+
+def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console) -> None:
+    """Score every model of the comparison and write results.json, table.md and all answers."""
+    recipe = loaded.recipe
+    conversations = _prompts(recipe)
+    scores = []
+    columns = (TextColumn("{task.description:<14}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        for label, weights in settings.models.items():
+            key = loaded.where("pipeline").replace("pipeline", f"{stage}.models.{label}")
+            path = resolve(key, WeightsSettings(weights=weights))
+            task = bar.add_task(label, total=len(conversations))
+            scores.append(_score_once(recipe, key, label, path, conversations, folder, lambda n, t=task: bar.advance(t, n)))
+            bar.update(task, completed=len(conversations))
+    result = compare(scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed)
+    write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def _prompts(recipe: Recipe) -> list[Conversation]:
+    """Read the first held-out conversations."""
+    assert recipe.data.validation is not None  # checked with the recipe
+    source = recipe.data.validation
+    if recipe.evaluation.num_prompts is not None:
+        source = source.model_copy(update={"num_rows": min(source.num_rows or 10**12, recipe.evaluation.num_prompts)})
+    rows = [read_row(row, recipe.data.format, where) for where, row in load_rows(source)]
+    conversations = [row for row in rows if isinstance(row, Conversation)]
+    if not conversations:
+        raise DataError(f"{source.path}: no conversation to draw a prompt from. Write data.format: messages or math.")
+    return conversations
+
+
+def _score_once(
+    recipe: Recipe, key: str, label: str, path: Path, conversations: Sequence[Conversation], folder: Path, advance: Any
+) -> ModelScores:
+    question = {"identity": identity(path), "data": recipe.data.model_dump(mode="json")}
+    question["evaluation"] = recipe.evaluation.model_dump(mode="json")
+    kept = folder / "scores" / f"{label}.json"
+    if kept.exists() and (stored := json.loads(kept.read_text()))["question"] == question:
+        return ModelScores(**stored["scores"])
+    scores = _score(recipe, key, label, path, conversations, folder, advance)
+    write_json(kept, {"question": question, "scores": asdict(scores)})
+    return scores
+
+
+def _score(
+    recipe: Recipe, key: str, label: str, path: Path, conversations: Sequence[Conversation], folder: Path, advance: Any
+) -> ModelScores:
+    device = device_name(0)
+    model = load_model(key, path, recipe.models).to(device)
+    tokenizer = load_tokenizer(str(path), recipe.models.trust_remote_code)
+    template = ChatTemplate(tokenizer)
+    prompts = [template.encode_prompt(conversation.prompt) for conversation in conversations]
+    answers = generate(model, tokenizer, prompts, template.end_of_turn_id(), recipe.evaluation, advance)
+    references = [conversation.reference for conversation in conversations]
+    rouge = rouge_rows(answers, references)
+    losses = _cross_entropies(model, recipe.data, [template.encode([c])[0] for c in conversations], len(tokenizer))
+    rows = {**rouge, CROSS_ENTROPY: [total / count for total, count in losses]}
+    truncated = [len(tokenizer(answer)["input_ids"]) >= recipe.evaluation.max_new_tokens for answer in answers]
+    write_predictions(
+        folder,
+        label,
+        [
+            {"prompt": c.prompt[-1].content, "reference": r, "answer": a, **{name: values[i] for name, values in rows.items()}}
+            for i, (c, r, a) in enumerate(zip(conversations, references, answers, strict=True))
+        ],
+    )
+    return ModelScores(
+        label,
+        str(path),
+        identity(path),
+        rows,
+        sum(total for total, _ in losses) / sum(count for _, count in losses),
+        {name: _kept(model, recipe, file, tokenizer) for name, file in recipe.evaluation.kept.items()},
+        sum(truncated),
+    )
+
+
+def _kept(model: Any, recipe: Recipe, file: str, tokenizer: Any) -> float:
+    """Return the mean cross-entropy on a file of raw-domain or held-out rows; its format shows in its first row."""
+    source = SourceSettings(path=file)
+    _, first = next(iter(load_rows(source)))
+    data = recipe.data.model_copy(update={"format": "text" if "text" in first else recipe.data.format})
+    examples = build_examples(data, source, tokenizer, None, progress=False)
+    losses = _cross_entropies(model, data, list(examples), len(tokenizer))
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+
+
+def _cross_entropies(
+    model: Any, data: DataSettings, encoded: Sequence[Example | Encoded], vocab_size: int
+) -> list[tuple[float, int]]:
+    """Return (sum, count) for every row, in order; rows lie packed, as many as data.max_tokens holds."""
+    groups: list[list[Example]] = [[]]
+    for row in encoded:
+        if groups[-1] and sum(len(one.tokens) for one in groups[-1]) + len(row.tokens) > data.max_tokens:
+            groups.append([])
+        groups[-1].append(Example(row.tokens, row.supervised))
+    return cross_entropy_rows(model, [pack(group) for group in groups], vocab_size)

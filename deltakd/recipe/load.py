@@ -1,0 +1,181 @@
+"""A recipe's file, what it extends, a stage's changes and the command line, as one checked Recipe.
+
+Later ones win: extended file, file, stage, command line. Every value keeps the line that set it, for errors now and
+later. Looks at no weights and no data, imports no torch, and takes milliseconds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+import deltakd
+from deltakd.base.errors import RecipeError
+from deltakd.recipe.explain import closest, explain, shown
+from deltakd.recipe.marks import COMMAND_LINE, Marked, merge, nearest, plain, read_file, read_value, replace_in_texts
+from deltakd.recipe.schema import Recipe
+
+SUFFIXES = (".yaml", ".yml")
+ROOT_MARK = "{root}"
+STAGE_CANNOT_SET = frozenset({"root", "run", "pipeline"})
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe together with the places that set its values."""
+
+    recipe: Recipe
+    tree: Marked
+    stage: str | None = None
+
+    def where(self, key: str) -> str:
+        """Return `file:line: key` of a dotted key; the line is its nearest set parent's where it is not set itself."""
+        return _where(self.tree, tuple(key.split(".")), self.stage)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = None) -> Recipe:
+    """Load a recipe where the places of its values are not needed."""
+    return load(name_or_path, overrides, stage).recipe
+
+
+def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = None) -> Loaded:
+    """Load a recipe by name or path, with `key.sub=value` overrides, as it is or as one of its stages runs it.
+
+    Raises RecipeError with at most three lines, each `file:line: key: what, value. What to write.`
+    """
+    path = find_recipe(name_or_path)
+    tree = _read_chain(path, ())
+    if "root" not in tree.value:
+        tree = merge(tree, Marked({"root": Marked(f"runs/{path.stem}", tree.place)}, tree.place))
+    base = _validate(_override(tree, overrides), None)
+    if stage is None:
+        return base
+    return _validate(_override(_enter_stage(tree, base, stage, overrides), overrides), stage)
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Return the file of a recipe: a path as it is, a name from recipes/ here or beside the package."""
+    known = _known_names()
+    if _is_path(name_or_path):
+        if Path(name_or_path).is_file():
+            return Path(name_or_path)
+        raise RecipeError(f"{name_or_path}: no such file. Write a path, or one of the names {', '.join(known)}.")
+    for folder in _recipe_folders():
+        if (path := folder / f"{name_or_path}.yaml").is_file():
+            return path
+    match = closest(name_or_path, known)
+    hint = f"Write {match} (known: {', '.join(known)})" if match else f"Write one of {', '.join(known)}, or a path"
+    raise RecipeError(f"recipe {name_or_path}: no recipe has this name. {hint}.")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a resolved recipe as YAML that load_recipe reads back as an equal one, wherever the file lies."""
+    # ASCII with escapes: PyYAML loses a next-line character in a key when it may write unicode.
+    return str(yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=120))
+
+
+def _is_path(name_or_path: str) -> bool:
+    return "/" in name_or_path or name_or_path.endswith(SUFFIXES)
+
+
+def _recipe_folders() -> list[Path]:
+    return [Path("recipes"), Path(deltakd.__file__).parents[1] / "recipes"]
+
+
+def _known_names() -> list[str]:
+    names = {path.stem for folder in _recipe_folders() for path in folder.glob("*.yaml")}
+    return sorted(names) or ["(recipes/ is empty)"]
+
+
+def _read_chain(path: Path, extending: tuple[Path, ...]) -> Marked:
+    tree = read_file(path)
+    if "extends" not in tree.value:
+        return tree
+    extends = tree.value["extends"]
+    tree = Marked({key: child for key, child in tree.value.items() if key != "extends"}, tree.place)
+    parent = _find_extended(extends, path)
+    chain = (*extending, path.resolve())
+    if parent.resolve() in chain:
+        raise RecipeError(f"{extends.place}: extends: {extends.value} leads back to itself. Remove one extends.")
+    return merge(_read_chain(parent, chain), tree)
+
+
+def _find_extended(extends: Marked, path: Path) -> Path:
+    name = extends.value
+    if not isinstance(name, str) or not name:
+        raise RecipeError(f"{extends.place}: extends: {shown(extends)} is no file. Write one recipe's name or path.")
+    sibling = path.parent / (name if _is_path(name) else f"{name}.yaml")
+    if sibling.is_file():
+        return sibling
+    if _is_path(name):
+        raise RecipeError(f"{extends.place}: extends: {sibling} does not exist. Write a path relative to this file.")
+    try:
+        return find_recipe(name)
+    except RecipeError as error:
+        raise RecipeError(f"{extends.place}: extends: {error}") from error
+
+
+def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
+    """Lay the overrides on the tree together, so that `target.alpha` before `target.name` is kept."""
+    together = Marked({}, COMMAND_LINE)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        steps = key.split(".")
+        if not equals or not all(steps):
+            raise RecipeError(f"{COMMAND_LINE}: {override}: not a setting. Write it as train.steps=100.")
+        for depth in range(1, len(steps)):
+            above, reached = nearest(tree, steps[:depth])
+            if reached == depth and isinstance(above.value, list):
+                listed = ".".join(steps[:depth])
+                raise RecipeError(
+                    f"{COMMAND_LINE}: {key}: {listed} is a list, and lists are replaced whole. "
+                    f"Write {listed}=[...], or edit {above.place}."
+                )
+        value = read_value(text, key)
+        for step in reversed(steps):
+            value = Marked({step: value}, COMMAND_LINE)
+        together = merge(together, value)
+    # Without overrides the top level keeps its own place, which errors about missing keys name.
+    return Marked(merge(tree, together).value, tree.place)
+
+
+def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str]) -> Marked:
+    """Lay a stage's changes on the file's tree and name the run after it."""
+    names = [known.name for known in base.recipe.pipeline]
+    if stage not in names:
+        known = ", ".join(names) or "none, the recipe has no pipeline"
+        raise RecipeError(f"{base.where('pipeline')}: no stage is named {stage}. Known stages: {known}.")
+    if any(override.partition("=")[0] == "run" for override in overrides):
+        raise RecipeError(f"{COMMAND_LINE}: run: a stage's run has the stage's name, here {stage}. Leave run out.")
+    entry, _ = nearest(_override(tree, overrides), ("pipeline", names.index(stage)))
+    changes = entry.value.get("train", Marked({}, entry.place))
+    if isinstance(changes.value, dict):
+        for key in STAGE_CANNOT_SET & set(changes.value):
+            place = changes.value[key].place
+            raise RecipeError(
+                f"{place}: stage {stage}: {key}: a stage cannot set it (run is the stage's name). Remove it."
+            )
+        tree = merge(tree, Marked(changes.value, tree.place))
+    return merge(tree, Marked({"run": Marked(stage, entry.place, stage)}, tree.place))
+
+
+def _validate(tree: Marked, stage: str | None) -> Loaded:
+    root = tree.value["root"].value
+    if isinstance(root, str):
+        if not root or "{" in root or "}" in root:
+            raise RecipeError(f"{_where(tree, ('root',), stage)}: {root!r} is no folder. Write one without braces.")
+        tree = replace_in_texts(tree, ROOT_MARK, root)
+    try:
+        return Loaded(Recipe.model_validate(plain(tree)), tree, stage)
+    except ValidationError as error:
+        problems = explain(error, Recipe, tree, extra_keys=("extends",))
+        lines = [f"{_where(tree, problem.path, stage)}: {problem.what}. {problem.todo}." for problem in problems]
+        raise RecipeError("\n".join(lines)) from error
+
+
+def _where(tree: Marked, path: Sequence[str | int], stage: str | None) -> str:
+    here, _ = nearest(tree, path)
+    key = ".".join(str(step) for step in path)
+    return f"{here.place}: stage {stage}: {key}" if stage else f"{here.place}: {key}"

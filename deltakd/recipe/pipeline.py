@@ -1,0 +1,175 @@
+"""`deltakd run`: the stages of a recipe's pipeline in order, each skipped once it is finished.
+
+Training stages run as processes of their own through the launcher that users type (`deepspeed launchers/train.py`), so
+the pipeline is nothing but the commands, in order. Their output goes to log.txt in the stage's folder; here one bar per
+stage follows its steps.jsonl. What a stage made is never made again, and a recipe that changed under it is refused.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deltakd.base.errors import DeltaKDError, RunError
+from deltakd.base.processes import end_with_launchers
+from deltakd.base.rundir import RunDirectory, machine_facts, remove
+from deltakd.recipe.checks import check_every_stage, check_paths
+from deltakd.recipe.load import Loaded, dump_recipe, find_recipe, load
+from deltakd.recipe.schema import Recipe, StageSettings
+from deltakd.train.records import describe
+
+LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
+POLL_S = 0.2
+
+
+def run(name: str, overrides: Sequence[str], num_processes: int | None) -> None:
+    """Run every stage that is not finished, and print the last table and where the results lie."""
+    end_with_launchers()
+    base = check_every_stage(name, overrides)[0]
+    if not base.recipe.pipeline:
+        raise RunError(f"{base.where('pipeline')}: no stages. Write some, or use `deltakd train {name}`.")
+    console = Console(stderr=True)
+    root = Path(base.recipe.root)
+    claim = RunDirectory(root)
+    with claim.claim():
+        for stage in base.recipe.pipeline:
+            if stage.train is not None:
+                _train_stage(name, overrides, stage.name, num_processes, console)
+            else:
+                _make_stage(base, stage, console)
+    tables = [root / stage.name / "table.md" for stage in base.recipe.pipeline if stage.evaluate is not None]
+    for table in tables:
+        print(f"\n{table.read_text()}\nResults: {table.parent}/results.json, answers in {table.parent}/predictions/")
+
+
+def train(name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None) -> None:
+    """Become the launcher that fits this machine, for the recipe or one of its training stages."""
+    loaded = load(name, overrides, stage)
+    command = launch_command(loaded.recipe, name, overrides, stage, num_processes)
+    print(" ".join(command), flush=True)
+    os.execvpe(command[0], command, launch_environment())
+
+
+def launch_command(
+    recipe: Recipe, name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None
+) -> list[str]:
+    """Return the command that starts a recipe's training: deepspeed over this machine's accelerators, or plain python."""
+    if not (LAUNCHERS / "train.py").exists():
+        raise RunError(f"{LAUNCHERS}: no launchers. Work in a checkout of the repository (`pip install -e .`).")
+    tail = [str(LAUNCHERS / "train.py"), "--recipe", str(find_recipe(name)), *(["--stage", stage] if stage else [])]
+    if recipe.engine.name == "single":
+        return [sys.executable, *tail, *overrides]
+    beside = Path(sys.executable).with_name("deepspeed")
+    deepspeed = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if deepspeed is None:
+        raise RunError("deepspeed: not found beside python. Run `pip install -r requirements.txt`.")
+    count = ["--num_accelerators", str(num_processes)] if num_processes else []
+    return [deepspeed, *count, *tail, *overrides]
+
+
+def launch_environment() -> dict[str, str]:
+    """Return the environment of a launched run: this python first, one thread per process unless it says otherwise."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", **os.environ, "PATH": path}
+
+
+def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes: int | None, console: Console) -> None:
+    loaded = load(name, overrides, stage)
+    recipe = loaded.recipe
+    directory = RunDirectory(Path(recipe.directory))
+    if directory.finished() and not directory.changes(dump_recipe(recipe)):
+        console.print(f"{stage}: finished before")
+        return
+    check_paths(recipe, loaded.where, name)
+    command = launch_command(recipe, name, overrides, stage, num_processes)
+    directory.path.mkdir(parents=True, exist_ok=True)
+    log = directory.path / "log.txt"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=launch_environment()
+        )
+    try:
+        _follow(process, directory, stage, recipe.train.steps, console)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+    # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
+    if process.returncode != 0 or directory.finished() is None:
+        raise _failure(stage, log, process.returncode)
+
+
+def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, steps: int, console: Console) -> None:
+    """Show a bar of the stage's steps until its process ends."""
+    columns = (TextColumn(f"{stage:<14}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(stage, total=steps, text="starting")
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=POLL_S)
+            lines = run.read_lines("steps.jsonl")
+            if lines:
+                bar.update(task, completed=lines[-1]["step"], text=describe(lines[-1]))
+            if process.returncode is not None:
+                return
+
+
+def _failure(stage: str, log: Path, code: int) -> DeltaKDError:
+    """Say why a stage failed: its own sentence if it left one, else where its log is."""
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
+    if said:
+        return RunError(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
+    return RunError(f"stage {stage}: ended with exit code {code} before it was finished. Look at {log}.")
+
+
+def _make_stage(base: Loaded, stage: StageSettings, console: Console) -> None:
+    """Run a stage that trains nothing, unless its folder already says that it is finished with the same settings."""
+    folder = RunDirectory(Path(base.recipe.root) / stage.name)
+    settings = stage.model_dump(mode="json")
+    finished = folder.finished()
+    if finished is not None and stage.evaluate is None:
+        if finished["settings"] != settings:
+            raise RunError(
+                f"{folder.path}: finished with other settings than {base.where('pipeline')} gives {stage.name} now. "
+                "Write root=... for a new place, or remove the folder."
+            )
+        console.print(f"{stage.name}: finished before")
+        return
+    if stage.evaluate is not None:
+        from deltakd.recipe.evaluation import evaluate
+
+        evaluate(base, stage.name, stage.evaluate, folder.path, console)
+        return
+    part = folder.path.with_name(folder.path.name + ".part")
+    remove(part)
+    with console.status(f"{stage.name}: writing"):
+        made = _make(stage, part)
+    remove(folder.path)
+    part.replace(folder.path)
+    folder.finish({"settings": settings, "made": made, **machine_facts()})
+    console.print(f"{stage.name}: {made}")
+
+
+def _make(stage: StageSettings, folder: Path) -> str:
+    """Make what a stage makes in a folder of its own; return one line about it."""
+    if stage.world is not None:
+        from deltakd.data.world import write_world
+
+        write_world(folder, **stage.world.model_dump())
+        return f"{stage.world.num_persons} persons, {stage.world.num_stories:,} stories, {stage.world.num_chats:,} chats"
+    if stage.tokenizer is not None:
+        from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
+
+        train_tokenizer(stage.tokenizer, folder)
+        return f"{len(load_tokenizer(str(folder))):,} tokens"
+    assert stage.model is not None  # the schema allows exactly one kind
+    from deltakd.models.new import write_new_model
+
+    return f"{write_new_model(stage.model, folder):,} parameters, random"

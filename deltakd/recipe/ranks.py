@@ -1,0 +1,206 @@
+"""The lives of the processes of a run: a student rank from its claim to its export, a teacher rank from load to Bye.
+
+What launchers start comes here. A process decides its role from its place, checks everything that can be checked before
+anything is loaded, and leaves nothing behind, however it ends.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltakd.base.errors import RunError
+from deltakd.base.processes import end_with_launchers, is_alive, launch_identity, resident_bytes
+from deltakd.base.ranks import Placement, Role, assign_role
+from deltakd.base.rundir import RunDirectory
+from deltakd.base.scratch import Scratch
+from deltakd.engine.protocol import device_name
+from deltakd.losses.settings import needed_references
+from deltakd.recipe.build import Inputs, build_parts, build_served, read_examples, read_inputs
+from deltakd.recipe.checks import check_paths, check_recipe
+from deltakd.recipe.load import Loaded, dump_recipe
+from deltakd.recipe.schema import Recipe
+from deltakd.teacher.client import TeacherRank
+from deltakd.teacher.server import Served, TeacherServer
+from deltakd.train.loop import train
+from deltakd.train.records import Records
+
+SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started, beyond the recipe."""
+
+    placement: Placement
+    identity: str | None = None  # given where teachers and students do not share a launcher
+    external_teachers: bool = False  # someone else starts the teachers of this node
+
+
+def run_rank(loaded: Loaded, launch: Launch) -> None:
+    """Live this process's life in the run: train or serve, by its local rank."""
+    end_with_launchers()
+    use_threads()
+    recipe = loaded.recipe
+    num_teachers = recipe.teachers.per_node if _wants_service(recipe) else 0
+    check_recipe(recipe, loaded.where)
+    role = assign_role(launch.placement, 0 if launch.external_teachers else num_teachers)
+    if recipe.engine.name == "single" and role.num_students > 1:
+        raise RunError(
+            f"{loaded.where('engine.name')}: single trains in one process, {role.num_students} were started as students. "
+            "Write engine: {name: deepspeed}, or start one."
+        )
+    if role.kind == "teacher":
+        serve(loaded, role.rank, role.num_local_students, launch.identity, f"cuda:{launch.placement.local_rank}")
+        return
+    student(loaded, role, launch, num_teachers)
+
+
+def _wants_service(recipe: Recipe) -> bool:
+    return recipe.references.source == "service" and bool(needed_references(recipe.objective))
+
+
+def use_threads() -> None:
+    """Take one thread per process on a CPU unless OMP_NUM_THREADS says otherwise: sums then do not depend on the node."""
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> None:
+    """Train: claim the directory, check, start teachers if they are ours to start, join, train, export."""
+    recipe = loaded.recipe
+    run = RunDirectory(Path(recipe.directory))
+    with ExitStack() as stack:
+        if role.rank == 0:
+            stack.enter_context(run.claim())
+        if _is_finished(run, recipe, announce=role.rank == 0):
+            return
+        check_paths(recipe, loaded.where)
+        inputs = read_inputs(recipe, loaded.where)
+        examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
+        if role.rank == 0:
+            print(f"{run.path}: {examples.counts}", flush=True)
+            run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
+        identity = launch.identity or launch_identity(run.path)
+        scratch = stack.enter_context(Scratch(SHARED_MEMORY, identity))
+        start = _start_teacher if role.teachers_beside and not launch.external_teachers else _expect_teacher
+        teachers = [stack.enter_context(start(loaded, run, identity, i, role)) for i in range(num_teachers)]
+        parts = build_parts(inputs, examples, role, scratch.path, identity, teachers, stack)
+        _record_process(
+            run, "student", role.rank, parts.engine.device, ["student"], list(inputs.frozen) if num_teachers else []
+        )
+        parts.world.barrier()
+        if role.rank == 0:
+            records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps))
+            last = train(parts, records.write)
+        else:
+            last = train(parts, lambda record: None)
+        parts.engine.save(run.export)
+        if role.rank == 0:
+            inputs.tokenizer.save_pretrained(run.export)
+            run.finish({"steps": last.step, "loss": last.loss, "inputs": _identities(inputs)})
+            print(f"{run.path}: finished after {last.step} steps; the model lies in {run.export}", flush=True)
+
+
+def _is_finished(run: RunDirectory, recipe: Recipe, announce: bool) -> bool:
+    """Tell whether the directory holds this very run, finished; refuse one that another recipe has made."""
+    finished = run.finished()
+    if finished is None:
+        return False
+    changes = run.changes(dump_recipe(recipe))
+    if changes:
+        raise RunError(
+            f"{run.path}: finished with another recipe ({'; '.join(changes[:3])}). "
+            "Write root=... for a new place, or remove the folder."
+        )
+    if announce:
+        print(
+            f"{run.path}: finished {finished['finished']}; nothing to do. Remove the folder to train again.", flush=True
+        )
+    return True
+
+
+def _identities(inputs: Inputs) -> dict[str, str]:
+    from deltakd.models.load import identity
+
+    return {"student": identity(inputs.student)} | {name: facts.identity for name, facts in inputs.frozen.items()}
+
+
+@contextmanager
+def _start_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int, role: Role) -> Iterator[TeacherRank]:
+    """Start a teacher rank beside this student, on the same device; it ends with us."""
+    log = run.path / "logs" / f"teacher-{index}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "deltakd", "serve", str(run.path / "recipe.yaml"), "--launch", identity]
+    command += ["--index", str(index), "--students", str(role.num_local_students), "--device", device_name(0)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+
+    def ended(pid: int | None) -> str | None:
+        if process.poll() is None:
+            return None
+        words = log.read_text(errors="replace").strip().splitlines()
+        return f"ended with exit code {process.returncode}" + (f" ({words[-1]})" if words else "")
+
+    try:
+        yield TeacherRank(index, str(log), ended)
+    finally:
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _expect_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int, role: Role) -> Iterator[TeacherRank]:
+    """Know a teacher rank that the launcher has started."""
+
+    def ended(pid: int | None) -> str | None:
+        return None if pid is None or is_alive(pid) else f"process {pid} has ended"
+
+    yield TeacherRank(index, "of the launcher", ended)
+
+
+def serve(loaded: Loaded, index: int, num_students: int, identity: str | None, device: str) -> None:
+    """Serve the run's frozen models to this node's students until all of them have left."""
+    end_with_launchers()
+    use_threads()
+    recipe = loaded.recipe
+    run = RunDirectory(Path(recipe.directory))
+    device = device if torch.cuda.is_available() else "cpu"
+    check_paths(recipe, loaded.where)
+    inputs = read_inputs(recipe, loaded.where)
+    identity = identity or launch_identity(run.path)
+    with Scratch(SHARED_MEMORY, identity) as scratch:
+        models = {
+            name: Served(model, inputs.frozen[name].identity) for name, model in build_served(inputs, device).items()
+        }
+        with TeacherServer(index, scratch.path, identity, models, inputs.fingerprint, inputs.spec, device) as server:
+            server.serve(
+                num_students, on_first=lambda: _record_process(run, "teacher", index, device, list(models), [])
+            )
+        print(f"teacher {index}: {dict(server.counts)}", flush=True)
+
+
+def _record_process(
+    run: RunDirectory, role: str, rank: int, device: str, models: Sequence[str], heads: Sequence[str]
+) -> None:
+    run.append(
+        "processes.jsonl",
+        {
+            "pid": os.getpid(),
+            "role": role,
+            "rank": rank,
+            "host": socket.gethostname(),
+            "device": device,
+            "models": list(models),
+            "heads": list(heads),
+            "memory_bytes": resident_bytes(),
+        },
+    )

@@ -1,0 +1,85 @@
+"""Where a run's numbers go: steps.jsonl always, TensorBoard and Weights & Biases by recipe, the console for people.
+
+Rank 0 speaks. On a terminal one progress bar, else one line per step; both with loss, tokens/s and waiting.
+"""
+
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deltakd.base.errors import RunError
+from deltakd.base.rundir import RunDirectory
+from deltakd.train.settings import RecordsSettings
+from deltakd.train.step import StepRecord
+
+PLOTTED = ("loss", "cross_entropy", "divergence", "grad_norm", "learning_rate", "step_s", "wait_s")
+
+
+class Records:
+    """Writes every step's record; use with `with`."""
+
+    def __init__(self, run: RunDirectory, settings: RecordsSettings, name: str, num_steps: int) -> None:
+        """Open the writers. Raises RunError if the recipe asks for Weights & Biases and it is not installed."""
+        self._run = run
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(run.path / "tensorboard"))  # type: ignore[no-untyped-call]
+        if settings.wandb_project:
+            try:
+                import wandb
+            except ImportError as error:
+                raise RunError("records.wandb_project: wandb is not installed. Run `pip install wandb`.") from error
+            self._wandb = wandb.init(project=settings.wandb_project, name=name, dir=str(run.path))
+        console = Console(stderr=True)
+        self._bar = Progress(
+            TextColumn(name),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(name, total=num_steps, text="")
+        self._is_terminal = console.is_terminal
+        self._num_steps = num_steps
+
+    def __enter__(self) -> "Records":
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def write(self, record: StepRecord) -> None:
+        """Record one optimizer step everywhere."""
+        values = asdict(record)
+        self._run.append("steps.jsonl", values)
+        for name in PLOTTED if self._tensorboard is not None else ():
+            self._tensorboard.add_scalar(name, values[name], record.step)
+        if self._wandb is not None:
+            self._wandb.log({name: values[name] for name in PLOTTED}, step=record.step)
+        text = describe(values)
+        self._bar.update(self._task, completed=record.step, text=text)
+        if not self._is_terminal:
+            print(f"step {record.step}/{self._num_steps}  {text}", flush=True)
+
+
+def describe(record: dict[str, Any]) -> str:
+    """Say a step in one line."""
+    return (
+        f"loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}  "
+        f"{record['num_tokens'] / record['step_s']:,.0f} tokens/s  waiting {record['wait_s'] / record['step_s']:.1%}"
+    )

@@ -1,0 +1,21 @@
+"""The learning rate of each step."""
+
+import math
+from collections.abc import Callable
+
+from deltakd.train.settings import TrainSettings
+
+
+def schedule(settings: TrainSettings) -> Callable[[int], float]:
+    """Return the rate by step, counted from 1: linear warmup, then a cosine to its floor, or constant."""
+
+    def rate(step: int) -> float:
+        if step <= settings.warmup_steps:
+            return settings.learning_rate * step / settings.warmup_steps
+        if settings.schedule == "constant":
+            return settings.learning_rate
+        done = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+        floor = settings.learning_rate * settings.min_learning_rate_ratio
+        return floor + (settings.learning_rate - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return rate

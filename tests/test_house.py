@@ -1,0 +1,93 @@
+"""The house itself: layers point down, heavy libraries stay in the files that adapt them, rooms stay small."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = {
+    "base": 0,
+    "models": 1,
+    "data": 1,
+    "losses": 1,
+    "teacher": 2,
+    "engine": 2,
+    "evaluate": 2,
+    "train": 4,
+    "recipe": 5,
+    "__main__": 7,
+    "launchers": 7,
+}
+ADAPTERS = {
+    "deepspeed": {"engine/deepspeed.py"},
+    "zmq": {"teacher/server.py", "teacher/client.py"},
+    "msgspec": {"teacher/messages.py"},
+    "datasets": {"data/sources.py"},
+    "rouge_score": {"evaluate/scores.py"},
+    "wandb": {"train/records.py"},
+}
+FILES = sorted((ROOT / "deltakd").rglob("*.py")) + sorted((ROOT / "launchers").rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[1] if parts[0] == "deltakd" else parts[0]
+
+
+def imports(path: Path) -> list[str]:
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide the layer"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path):
+    """A room imports itself and lower layers; settings, which hold no code, may be composed by any room above base."""
+    if room(path) == "__init__":
+        return
+    here = LAYERS[room(path)]
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] != "deltakd" or len(parts) < 2 or parts[1] not in LAYERS:
+            continue
+        there = LAYERS[parts[1]]
+        assert parts[1] == room(path) or there < here, f"{path.relative_to(ROOT)} (layer {here}) imports {name}"
+
+
+@pytest.mark.parametrize("library", sorted(ADAPTERS))
+def test_a_library_is_imported_only_where_it_is_adapted(library):
+    found = {
+        str(path.relative_to(ROOT / "deltakd"))
+        for path in FILES
+        if any(name.split(".")[0] == library for name in imports(path))
+    }
+    assert found <= ADAPTERS[library]
+
+
+def test_checking_a_recipe_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; from deltakd.__main__ import main; "
+        "assert main(['check', 'ultrachat']) == 0; "
+        "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'zmq'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_rooms_stay_small(path):
+    """About 300 lines a file and 40 a function; the docstring of a function does not count."""
+    text = path.read_text()
+    assert text.count("\n") <= 320
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert ast.get_docstring(node) or node.name.startswith("_") or node.end_lineno - node.lineno < 30, node.name
+            assert node.end_lineno - node.lineno <= 55, f"{path.name}: {node.name}"
