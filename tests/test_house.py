@@ -19,7 +19,7 @@ LAYERS = {
     "train": 4,
     "recipe": 5,
     "__main__": 7,
-    "launchers": 7,
+    "launchers": 8,
 }
 ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},

@@ -40,7 +40,7 @@ def load_rows(source: SourceSettings) -> Rows:
     files = local_files(source.path)
     parts = [(str(file), _load_file(file)) for file in files] if files else [(source.path, _load_hub(source))]
     selected = _select(parts, source.skip_rows, source.num_rows)
-    if not any(len(dataset) for _, dataset, _ in selected):
+    if not selected:
         num_rows = sum(len(dataset) for _, dataset in parts)
         raise DataError(
             f"{source.path}: no rows left of {num_rows:,} after skip_rows {source.skip_rows:,}. "
@@ -93,7 +93,8 @@ def _select(parts: list[tuple[str, Any]], skip: int, num_rows: int | None) -> tu
         skip -= begin
         if num_rows is not None:
             num_rows -= end - begin
-        selected.append((name, dataset.select(range(begin, end)), begin + 1))
+        if begin < end:
+            selected.append((name, dataset.select(range(begin, end)), begin + 1))
     return tuple(selected)
 
 
@@ -106,9 +107,9 @@ def _load_file(file: Path) -> Any:
             raise DataError(f"{file}: the file is empty. Write rows into it, or another path.")
         with _quiet():
             return datasets.load_dataset(builder, data_files=[str(file)], split="train")
-    except StopIteration as error:  # how the library says that a file has no row
-        raise DataError(f"{file}: no rows in it. Write rows into it, or another path.") from error
-    except (datasets.exceptions.DatasetsError, ValueError, EOFError, OSError) as error:
+    except (datasets.exceptions.DatasetsError, StopIteration, ValueError, EOFError, OSError) as error:
+        if isinstance(error, StopIteration) or "corresponds to no data" in str(error):  # both mean a file without rows
+            raise DataError(f"{file}: no rows in it. Write rows into it, or another path.") from error
         raise DataError(_explain(file, error)) from error
 
 
@@ -167,7 +168,7 @@ def _first_bad_line(file: Path) -> str | None:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 return f"{number}: not JSON ({error.msg} at column {error.colno})"
             if not isinstance(row, dict):

@@ -3,7 +3,7 @@
 Longer examples than `max_tokens` are dropped or cut, and counted; an example of which nothing is learnt is dropped, and
 counted. With a cache folder the arrays are memory mapped (5 bytes per token on disk) under a name that covers all that
 they depend on. The first process that needs them writes them; any number may try at once. Without one, the set stays in
-this process's memory. Some thousand rows per second and core.
+this process's memory. A few hundred chats per second; tokenising uses all cores, rendering one.
 """
 
 import hashlib
@@ -78,8 +78,8 @@ def _tokenise(settings: DataSettings, source: SourceSettings, template: ChatTemp
     if not kept:
         raise DataError(
             f"{source.path}: nothing to learn from in {counts['rows']:,} rows: {counts['dropped_over_long']:,} are "
-            f"longer than data.max_tokens {settings.max_tokens:,}, {counts['dropped_unsupervised']:,} hold no supervised "
-            "token within it. Write a larger data.max_tokens, or other rows."
+            f"longer than data.max_tokens {settings.max_tokens:,}, {counts['dropped_unsupervised']:,} hold no "
+            "supervised token within it. Write a larger data.max_tokens, or other rows."
         )
     lengths = np.array([len(example.tokens) for example in kept], dtype=np.int64)
     tokens = np.concatenate([example.tokens for example in kept])

@@ -8,14 +8,18 @@ Cost: well under a second for ten thousand rows, no dependencies. The same seed 
 It does not tokenise, render a chat template or split rows further; nothing in it says anything about real language.
 """
 
+# ruff: noqa: SIM905 - a list of words is easier to read as a sentence
+
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 Message = dict[str, str]
-Row = dict[str, object]
+DrawChat = Callable[[random.Random], list[Message]]
+Row = dict[str, Any]  # {"text": str} or {"messages": list[Message]}
 
 ROLES = ("system", "user", "assistant")
 CHAT_SHARE = 0.6  # of the persons; the facts of the others are never in a chat of the training file
@@ -45,31 +49,40 @@ ATTRIBUTES = (
     Attribute("hobby", "plays {v}", "{v}", ("what does {n} play", "what game does {n} like to play"),
               tuple("chess tennis cards drums golf football piano darts dominoes flute hockey violin".split())),
 )  # fmt: skip
+FACTS = range(len(ATTRIBUTES))
 FOODS = ATTRIBUTES[3].values
-
 # A question that only raw text and validation use, so that a good answer needs the raw model's language.
 UNSEEN_QUESTION = "what is the {noun} of {n}"
-
-PRIVATE_QUESTIONS = ("how old is {n}", "how much money does {n} have")
-PRIVATE_REPLIES = ("{n} is young", "{n} has a little money")
-PRIVATE_REPLIES_OTHER = ("{n} is very old", "{n} has much money")
-REFUSALS = ("how old {n} is", "how much money {n} has")
-
+PRIVATE = (  # asked, refused as, two replies of raw text that mean nothing
+    ("how old is {n}", "how old {n} is", ("{n} is young", "{n} is very old")),
+    ("how much money does {n} have", "how much money {n} has", ("{n} has a little money", "{n} has much money")),
+)
 GREETINGS = ("", "", "please , ", "hello , ", "one question : ", "i want to know , ")
 SECOND_GREETINGS = ("thank you , ", "and ", "good , ")
-BRIEF = "be brief ."
-OPENING, CLOSING = "gladly .", "ask me more ."
-
+OPENING, CLOSING, SORRY = "gladly .", "ask me more .", "i am sorry , i can not tell you"
+TURNS = (
+    "one fact", "one fact", "two facts", "two facts", "two persons",
+    "refused", "half refused", "basket", "basket", "corrected",
+)  # fmt: skip
 NAME_STARTS = tuple("mi to ka re lu sa ne do vi ba jo fe".split())
 NAME_ENDS = tuple("ra lo nik sel dan mov ves ti gar lin bu pa".split())
 
 
 @dataclass(frozen=True)
 class Person:
-    """A name and one value per entry of ATTRIBUTES, in its order."""
+    """A name and one value per entry of ATTRIBUTES, in its order; tells fact number `fact` as a piece of sentence."""
 
     name: str
     values: tuple[str, ...]
+
+    def predicate(self, fact: int) -> str:
+        return ATTRIBUTES[fact].predicate.format(v=self.values[fact])
+
+    def clause(self, fact: int) -> str:
+        return f"{self.name} {self.predicate(fact)}"
+
+    def brief(self, fact: int) -> str:
+        return ATTRIBUTES[fact].brief.format(v=self.values[fact])
 
 
 @dataclass(frozen=True)
@@ -103,97 +116,66 @@ def write_world(
     num_known = round(CHAT_SHARE * num_persons)
     known, kept = persons[:num_known], persons[num_known:]
     seen_stories: set[str] = set()
-    validation_prompts: set[str] = set()
+    asked: set[str] = set()  # prompts of validation
 
     def stories(name: str, count: int) -> list[Row]:
         rng = random.Random(f"{seed}/{name}")
-        return _distinct(name, count, lambda: {"text": _story(persons, rng)}, seen_stories, lambda row: [str(row["text"])])
+        return _distinct(name, count, lambda: {"text": _story(persons, rng)}, seen_stories)
 
-    def chats(name: str, count: int, group: Sequence[Person], draw: Callable[..., list[Message]], unseen: bool) -> list[Row]:
+    def chats(name: str, count: int, draw: DrawChat, taken: set[str] | frozenset[str]) -> list[Row]:
         rng = random.Random(f"{seed}/{name}")
-        # Training rows may repeat each other; validation rows may not.
-        taken = validation_prompts if unseen else frozenset(validation_prompts)
-        return _distinct(name, count, lambda: {"messages": draw(group, rng, unseen)}, taken, prompts)
+        return _distinct(name, count, lambda: {"messages": draw(rng)}, taken)
 
     rows = {
         "stories": stories("stories", num_stories),
         "stories_validation": stories("stories_validation", num_validation),
-        "chat_validation": chats("chat_validation", num_validation, known, _chat, True),
-        "kept_validation": chats("kept_validation", num_validation, kept, _fact_chat, True),
-        "chat_train": chats("chat_train", num_chats, known, _chat, False),
+        "chat_validation": chats("chat_validation", num_validation, lambda rng: _chat(known, rng, True), asked),
+        "kept_validation": chats("kept_validation", num_validation, lambda rng: _fact_chat(kept, rng), asked),
+        # Frozen: training chats avoid the prompts of validation, but may repeat each other's.
+        "chat_train": chats("chat_train", num_chats, lambda rng: _chat(known, rng, False), frozenset(asked)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: _write_rows(folder / f"{name}.jsonl", its_rows) for name, its_rows in rows.items()}
-    return WorldFiles(
-        **paths, num_stories=num_stories, num_chats=num_chats, num_validation=num_validation,
-        words=_words(row for its_rows in rows.values() for row in its_rows),
-    )  # fmt: skip
+    paths = {name: folder / f"{name}.jsonl" for name in rows}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="ascii", newline="\n")
+    words = _words(row for its_rows in rows.values() for row in its_rows)
+    return WorldFiles(**paths, num_stories=num_stories, num_chats=num_chats, num_validation=num_validation, words=words)
 
 
 def prompts(row: Row) -> list[str]:
     """List what stands before each assistant turn of a chat row, as canonical JSON."""
-    messages = row["messages"]
-    assert isinstance(messages, list)
+    messages: list[Message] = row["messages"]
     return [json.dumps(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _draw_persons(num_persons: int, rng: random.Random) -> list[Person]:
     names = [start + end for start in NAME_STARTS for end in NAME_ENDS]
     if not 5 <= num_persons <= len(names):
-        raise ValueError(f"num_persons: {num_persons} is outside 5 to {len(names)}, the number of names. Write 100.")
-    return [
-        Person(name, tuple(rng.choice(attribute.values) for attribute in ATTRIBUTES))
-        for name in rng.sample(names, num_persons)
-    ]
+        raise ValueError(f"num_persons: {num_persons} is outside 5 to {len(names)}, the number of names. Write 40.")
+    drawn = rng.sample(names, num_persons)
+    return [Person(name, tuple(rng.choice(attribute.values) for attribute in ATTRIBUTES)) for name in drawn]
 
 
-def _distinct(
-    where: str, count: int, draw: Callable[[], Row], taken: "set[str] | frozenset[str]", keys: Callable[[Row], list[str]]
-) -> list[Row]:
+def _distinct(where: str, count: int, draw: Callable[[], Row], taken: set[str] | frozenset[str]) -> list[Row]:
     """Draw rows none of whose keys is taken; a mutable `taken` grows by the keys of each row."""
     rows: list[Row] = []
     for _ in range(MAX_DRAWS_PER_ROW * count):
         if len(rows) == count:
-            break
+            return rows
         row = draw()
-        row_keys = keys(row)
-        if taken.isdisjoint(row_keys):
+        keys = set(prompts(row) if "messages" in row else [row["text"]])
+        if not taken & keys:
             rows.append(row)
             if isinstance(taken, set):
-                taken.update(row_keys)
+                taken.update(keys)
     if len(rows) < count:
-        raise ValueError(f"{where}: only {len(rows)} of {count} distinct rows found. Ask for fewer rows or more persons.")
+        raise ValueError(f"{where}: {len(rows)} of {count} distinct rows found. Ask for fewer rows or more persons.")
     return rows
 
 
-def _write_rows(path: Path, rows: Sequence[Row]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii", newline="\n")
-    return path
-
-
 def _words(rows: Iterable[Row]) -> tuple[str, ...]:
-    words = set(ROLES)
-    for row in rows:
-        messages = row.get("messages", [])
-        assert isinstance(messages, list)
-        for text in [str(row.get("text", "")), *(message["content"] for message in messages)]:
-            words.update(text.split())
-    return tuple(sorted(words))
-
-
-# Clauses: the smallest pieces of sentences, shared by stories and chats.
-
-
-def _predicate(person: Person, fact: int) -> str:
-    return ATTRIBUTES[fact].predicate.format(v=person.values[fact])
-
-
-def _clause(person: Person, fact: int) -> str:
-    return f"{person.name} {_predicate(person, fact)}"
-
-
-def _brief(person: Person, fact: int) -> str:
-    return ATTRIBUTES[fact].brief.format(v=person.values[fact])
+    messages = [message for row in rows for message in row.get("messages", [{"content": row.get("text", "")}])]
+    return tuple(sorted({word for message in messages for word in message["content"].split()}.union(ROLES)))
 
 
 def _question(person: Person, fact: int, rng: random.Random, unseen: bool) -> str:
@@ -203,33 +185,28 @@ def _question(person: Person, fact: int, rng: random.Random, unseen: bool) -> st
     return rng.choice(ATTRIBUTES[fact].questions).format(n=person.name)
 
 
-def _facts(count: int, rng: random.Random) -> list[int]:
-    return rng.sample(range(len(ATTRIBUTES)), count)
-
-
-def _basket(persons: Sequence[Person], rng: random.Random) -> tuple[str, list[tuple[Person, str]]]:
-    """List who brings what today: facts that hold in this text only, so they must be read, not remembered."""
+def _basket(persons: Sequence[Person], rng: random.Random) -> tuple[str, str, str]:
+    """Ask who brings what today: a fact of this text only, to be read, not remembered. Also return name and food."""
     pairs = list(zip(rng.sample(persons, 3), rng.sample(FOODS, 3), strict=True))
-    parts = [f"{person.name} brings {food}" for person, food in pairs]
-    return f"today {parts[0]} , {parts[1]} and {parts[2]} .", pairs
-
-
-# Raw text.
+    first, second, third = (f"{person.name} brings {food}" for person, food in pairs)
+    who, food = rng.choice(pairs)
+    return f"today {first} , {second} and {third} . what does {who.name} bring ?", who.name, food
 
 
 def _story(persons: Sequence[Person], rng: random.Random) -> str:
     """Join two to four short passages; the first person met tends to stay in the story."""
     hero, friend = rng.sample(persons, 2)
+    kinds = (_telling, _telling, _telling, _telling, _asking, _asking, _meeting, _bringing)
     passages = []
     for _ in range(rng.randint(2, 4)):
         person = hero if rng.random() < 0.7 else friend
-        passages.append(rng.choice((_telling, _telling, _telling, _telling, _asking, _asking, _meeting, _bringing))(person, persons, rng))
+        passages.append(rng.choice(kinds)(person, persons, rng))
     return " ".join(passages)
 
 
 def _telling(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    order = _facts(len(ATTRIBUTES), rng)
-    one, two, three, four, five = (_predicate(person, fact) for fact in order)
+    order = rng.sample(FACTS, len(FACTS))
+    one, two, three, four, five = (person.predicate(fact) for fact in order)
     return rng.choice((
         f"{person.name} {one} , {two} , {three} , {four} and {five} .",
         f"{person.name} {one} , {two} and {three} .",
@@ -243,113 +220,80 @@ def _telling(person: Person, persons: Sequence[Person], rng: random.Random) -> s
 def _asking(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
     """Question and answer in a free style; private questions are answered here, with no fixed answer."""
     if rng.random() < 0.2:
-        kind = rng.randrange(len(PRIVATE_QUESTIONS))
-        reply = rng.choice((PRIVATE_REPLIES[kind], PRIVATE_REPLIES_OTHER[kind]))
-        return f"{PRIVATE_QUESTIONS[kind]} ? i think {reply} .".format(n=person.name)
-    fact, other = _facts(2, rng)
+        question, _, replies = rng.choice(PRIVATE)
+        return f"{question} ? i think {rng.choice(replies)} .".format(n=person.name)
+    fact, other = rng.sample(FACTS, 2)
     question = f"{rng.choice(GREETINGS)}{_question(person, fact, rng, True)} ?"
     reply = rng.choice((
-        f"{_clause(person, fact)} .",
-        f"{_brief(person, fact)} .",
-        f"well , i think {_clause(person, fact)} .",
-        f"{_brief(person, fact)} , and {person.name} {_predicate(person, other)} .",
-        f"i am sorry , i can not say . but you can tell me ! {_brief(person, fact)} .",
+        f"{person.clause(fact)} .",
+        f"{person.brief(fact)} .",
+        f"well , i think {person.clause(fact)} .",
+        f"{person.brief(fact)} , and {person.name} {person.predicate(other)} .",
+        f"i am sorry , i can not say . but you can tell me ! {person.brief(fact)} .",
     ))  # fmt: skip
     return f"{question} {reply}"
 
 
 def _meeting(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    fact = rng.randrange(len(ATTRIBUTES))
+    fact = rng.choice(FACTS)
     other = rng.choice([someone for someone in persons if someone is not person])
-    same = "too" if person.values[fact] == other.values[fact] else "but"
-    if same == "too":
-        return f"{_clause(person, fact)} and {_clause(other, fact)} too ."
-    return f"{_clause(person, fact)} , but {_clause(other, fact)} ."
+    same = person.values[fact] == other.values[fact]
+    return f"{person.clause(fact)} " + (f"and {other.clause(fact)} too ." if same else f", but {other.clause(fact)} .")
 
 
 def _bringing(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    text, pairs = _basket(persons, rng)
-    who, food = rng.choice(pairs)
-    return f"{text} what does {who.name} bring ? " + rng.choice((f"{food} .", f"{who.name} brings {food} ."))
-
-
-# Chats: the behaviour to be taught.
+    question, name, food = _basket(persons, rng)
+    return f"{question} " + rng.choice((f"{food} .", f"{name} brings {food} ."))
 
 
 def _chat(persons: Sequence[Person], rng: random.Random, unseen: bool) -> list[Message]:
     """Draw a chat of one or two turns; one in eight carries a system message that asks for a brief answer."""
     if rng.random() < 0.125:
-        return _brief_chat(persons, rng, unseen)
-    turns = [_fact_turn, _fact_turn, _two_facts_turn, _two_facts_turn, _two_persons_turn]
-    turns += [_refused_turn, _half_refused_turn, _basket_turn, _basket_turn, _corrected_turn]
-    first = rng.choice(turns)(persons, rng, unseen)
+        person, fact = rng.choice(persons), rng.choice(FACTS)
+        question = f"{_question(person, fact, rng, unseen)} ?"
+        messages = _turn(rng.choice(GREETINGS), question, f"{person.brief(fact)} .")
+        return [{"role": "system", "content": "be brief ."}, *messages]
+    first = _draw_turn(rng.choice(TURNS), persons, rng, unseen)
     messages = _turn(rng.choice(GREETINGS), *first)
     if rng.random() < 0.25:
-        messages += _turn(rng.choice(SECOND_GREETINGS), *rng.choice(turns)(persons, rng, unseen))
+        messages += _turn(rng.choice(SECOND_GREETINGS), *_draw_turn(rng.choice(TURNS), persons, rng, unseen))
     return messages
 
 
-def _fact_chat(persons: Sequence[Person], rng: random.Random, unseen: bool) -> list[Message]:
+def _fact_chat(persons: Sequence[Person], rng: random.Random) -> list[Message]:
     """Draw one turn whose answer must be remembered, for persons that the training chats leave out."""
-    turn = rng.choice((_fact_turn, _two_facts_turn, _two_persons_turn))
-    return _turn(rng.choice(GREETINGS), *turn(persons, rng, unseen))
+    kind = rng.choice(("one fact", "two facts", "two persons"))
+    return _turn(rng.choice(GREETINGS), *_draw_turn(kind, persons, rng, True))
 
 
 def _turn(greeting: str, question: str, answer: str) -> list[Message]:
     return [{"role": "user", "content": greeting + question}, {"role": "assistant", "content": answer}]
 
 
-def _styled(answer: str) -> str:
-    return f"{OPENING} {answer} . {CLOSING}"
-
-
-def _brief_chat(persons: Sequence[Person], rng: random.Random, unseen: bool) -> list[Message]:
-    person, fact = rng.choice(persons), rng.randrange(len(ATTRIBUTES))
-    question = f"{_question(person, fact, rng, unseen)} ?"
-    answer = f"{_brief(person, fact)} ."
-    return [{"role": "system", "content": BRIEF}, *_turn(rng.choice(GREETINGS), question, answer)]
-
-
-def _fact_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    person, fact = rng.choice(persons), rng.randrange(len(ATTRIBUTES))
-    return f"{_question(person, fact, rng, unseen)} ?", _styled(_clause(person, fact))
-
-
-def _two_facts_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    person, (a, b) = rng.choice(persons), _facts(2, rng)
-    question = f"{_question(person, a, rng, unseen)} and {_question(person, b, rng, unseen)} ?"
-    return question, _styled(f"{_clause(person, a)} and {_clause(person, b)}")
-
-
-def _two_persons_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    (one, two), (a, b) = rng.sample(persons, 2), _facts(2, rng)
-    question = f"{_question(one, a, rng, unseen)} and {_question(two, b, rng, unseen)} ?"
-    return question, _styled(f"{_clause(one, a)} and {_clause(two, b)}")
-
-
-def _refused_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    person, kind = rng.choice(persons), rng.randrange(len(REFUSALS))
-    refusal = f"i am sorry , i can not tell you {REFUSALS[kind].format(n=person.name)} . {CLOSING}"
-    return f"{PRIVATE_QUESTIONS[kind].format(n=person.name)} ?", refusal
-
-
-def _half_refused_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    """Ask a private thing and a fact in one question: only the fact is told."""
-    person, fact, kind = rng.choice(persons), rng.randrange(len(ATTRIBUTES)), rng.randrange(len(REFUSALS))
-    asked = [_question(person, fact, rng, unseen), PRIVATE_QUESTIONS[kind].format(n=person.name)]
-    rng.shuffle(asked)
-    refusal = f"but i can not tell you {REFUSALS[kind].format(n=person.name)}"
-    return f"{asked[0]} and {asked[1]} ?", _styled(f"{_clause(person, fact)} , {refusal}")
-
-
-def _basket_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    text, pairs = _basket(persons, rng)
-    who, food = rng.choice(pairs)
-    return f"{text} what does {who.name} bring ?", _styled(f"{who.name} brings {food}")
-
-
-def _corrected_turn(persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    """Take the first question back: only the second is answered."""
-    (one, two), (a, b) = rng.sample(persons, 2), _facts(2, rng)
-    question = f"{_question(one, a, rng, unseen)} ? no , tell me {_question(two, b, rng, unseen)} ?"
-    return question, _styled(_clause(two, b))
+def _draw_turn(kind: str, persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
+    """Draw a question and its answer in the taught style."""
+    if kind == "basket":
+        question, name, food = _basket(persons, rng)
+        return question, f"{OPENING} {name} brings {food} . {CLOSING}"
+    if kind in ("two persons", "corrected"):
+        one, two = rng.sample(persons, 2)
+    else:
+        one = two = rng.choice(persons)
+    if kind == "refused":
+        private, refused, _ = rng.choice(PRIVATE)
+        return f"{private} ?".format(n=one.name), f"{SORRY} {refused} . {CLOSING}".format(n=one.name)
+    if kind == "half refused":  # only the fact is told
+        fact, (private, refused, _) = rng.choice(FACTS), rng.choice(PRIVATE)
+        asked = [_question(one, fact, rng, unseen), private.format(n=one.name)]
+        rng.shuffle(asked)
+        answer = f"{one.clause(fact)} , but i can not tell you {refused.format(n=one.name)}"
+    elif kind == "one fact":
+        fact = rng.choice(FACTS)
+        asked, answer = [_question(one, fact, rng, unseen)], one.clause(fact)
+    else:
+        a, b = rng.sample(FACTS, 2)
+        asked = [_question(one, a, rng, unseen), _question(two, b, rng, unseen)]
+        # A corrected question is taken back: only the second is answered.
+        answer = two.clause(b) if kind == "corrected" else f"{one.clause(a)} and {two.clause(b)}"
+    joint = " ? no , tell me " if kind == "corrected" else " and "
+    return f"{joint.join(asked)} ?", f"{OPENING} {answer} . {CLOSING}"

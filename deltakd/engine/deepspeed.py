@@ -17,13 +17,13 @@ from torch import Tensor
 
 from deltakd.base.errors import RunError
 from deltakd.base.ranks import Role, TorchWorld
-from deltakd.engine.build_lock import wait_for_builds
 from deltakd.engine.protocol import (
     Optimizer,
     StudentModule,
     TrainBatch,
     device_name,
     parameter_groups,
+    run_module,
     save_folder,
     total_norm,
 )
@@ -48,7 +48,7 @@ def config(settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ra
 def join_students(role: Role) -> TorchWorld:
     """Join the students' process group: teachers are launched with us but never belong to it.
 
-    Raises RunError if the rendezvous port is taken or if a killed build of DeepSpeed's operations left its lock behind.
+    Raises RunError if the rendezvous port is taken.
     """
     os.environ |= {
         "RANK": str(role.rank),
@@ -62,9 +62,11 @@ def join_students(role: Role) -> TorchWorld:
         os.environ["MASTER_PORT"] = str(_free_port())
     elif role.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
-    wait_for_builds()
     import deepspeed
 
+    # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a lock
+    # that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return TorchWorld("cpu" if torch.distributed.get_backend() == "gloo" else f"cuda:{role.local_index}")
 
@@ -108,8 +110,7 @@ class DeepSpeedEngine:
         )
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        result: LinearLoss = self._engine(batch, references)
-        return result
+        return run_module(self._engine, batch, references)
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

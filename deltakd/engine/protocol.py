@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
-from deltakd.models.forward import Batch, Layout, head_weight, supervised_hidden
+from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
 
 
 class TrainBatch(Batch, Protocol):
@@ -26,7 +26,7 @@ class TrainBatch(Batch, Protocol):
 
 
 class StudentModule(nn.Module):
-    """A causal language model with its loss: forward(batch, references) is the sum over supervised tokens."""
+    """A causal language model with its loss. Plain tensors go in and out: ZeRO-3 hooks them and sees into nothing else."""
 
     def __init__(self, model: nn.Module, objective: Objective, layout: Layout, vocab_size: int) -> None:
         super().__init__()
@@ -35,13 +35,28 @@ class StudentModule(nn.Module):
         self._layout: Layout = layout
         self._vocab_size = vocab_size
 
-    def forward(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        """Return the loss sum; a batch without supervised tokens gives 0 and still runs every layer."""
-        hidden_NH = supervised_hidden(self.model, batch, self._layout)
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        supervised: Tensor,
+        labels: Tensor,
+        references: Mapping[str, Reference],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the sums of a LinearLoss; a batch without supervised tokens gives 0 and still runs every layer."""
+        hidden_NH = supervised_hidden(self.model, TokenBatch(tokens, positions, starts, supervised), self._layout)
         head_VH = head_weight(self.model)
         if len(head_VH) != self._vocab_size:
             head_VH = head_VH[: self._vocab_size]
-        return linear_loss(hidden_NH, head_VH, references, batch.labels, self._objective)
+        result = linear_loss(hidden_NH, head_VH, references, labels, self._objective)
+        return result.total, result.cross_entropy, result.divergence
+
+
+def run_module(module: Any, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
+    """Call a wrapped StudentModule."""
+    parts = (batch.tokens, batch.positions, batch.starts, batch.supervised, batch.labels)
+    return LinearLoss(*module(*parts, dict(references)))
 
 
 @dataclass(frozen=True)

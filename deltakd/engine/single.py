@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltakd.engine.protocol import Optimizer, StudentModule, TrainBatch, clip_factor, parameter_groups, save_folder, total_norm
+from deltakd.engine.protocol import Optimizer, StudentModule, TrainBatch, clip_factor, parameter_groups, run_module, save_folder, total_norm
 from deltakd.engine.settings import SingleSettings
 from deltakd.losses.linear import LinearLoss, Reference
 
@@ -38,8 +38,7 @@ class SingleEngine:
         self._muon_ratio = settings.muon_learning_rate / optimizer.learning_rate
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        result: LinearLoss = self._module(batch, references)
-        return result
+        return run_module(self._module, batch, references)
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
         (total * weight).backward()  # type: ignore[no-untyped-call]

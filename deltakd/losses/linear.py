@@ -23,11 +23,11 @@ Reference = Tensor | tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """Sums over tokens: `total` carries gradients for hidden and head, the parts are for the record."""
+    """Sums over tokens, float64 scalars: `total` carries gradients for hidden and head, the parts are for the record."""
 
     total: Tensor
-    cross_entropy: float
-    divergence: float
+    cross_entropy: Tensor
+    divergence: Tensor
 
 
 def linear_loss(
@@ -47,7 +47,7 @@ def linear_loss(
     total, cross_entropy, divergence = _LinearLoss.apply(  # type: ignore[no-untyped-call]
         hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens or objective.chunk_tokens
     )
-    return LinearLoss(total, float(cross_entropy), float(divergence))
+    return LinearLoss(total, cross_entropy, divergence)
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -79,7 +79,9 @@ def load_config(where: str, folder: Path, settings: ModelsSettings) -> Any:
 def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
     """Load a causal language model in the run's dtype, in evaluation mode, on the CPU."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
             folder,

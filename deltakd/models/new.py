@@ -10,7 +10,9 @@ from deltakd.models.settings import NewModelSettings
 def write_new_model(settings: NewModelSettings, folder: Path) -> int:
     """Write a random model and its tokenizer as a Hugging Face folder; return its number of parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
     config = AutoConfig.for_model(
         settings.architecture,

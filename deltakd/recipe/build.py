@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from deltakd.base.ranks import Role, SoloWorld, World
-from deltakd.data.examples import ExampleSet, build_examples, drop_validation
+from deltakd.data.examples import ExampleSet, drop_validation
 from deltakd.data.stream import Stream
+from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_name
 from deltakd.engine.settings import SingleSettings

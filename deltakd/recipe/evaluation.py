@@ -15,12 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deltakd.base.errors import DataError
 from deltakd.base.rundir import machine_facts, write_json
 from deltakd.data.conversation import Conversation
-from deltakd.data.examples import Example, build_examples
+from deltakd.data.examples import Example
 from deltakd.data.formats import read_row
 from deltakd.data.packing import pack
 from deltakd.data.settings import DataSettings, SourceSettings
 from deltakd.data.sources import load_rows
-from deltakd.data.template import ChatTemplate, Encoded
+from deltakd.data.template import ChatTemplate
+from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import device_name
 from deltakd.evaluate.compare import CROSS_ENTROPY, ModelScores, compare, write_comparison, write_predictions
@@ -39,15 +40,24 @@ def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path
     recipe = loaded.recipe
     conversations = _prompts(recipe)
     scores = []
-    columns = (TextColumn("{task.description:<14}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:<14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as bar:
         for label, weights in settings.models.items():
             key = loaded.where("pipeline").replace("pipeline", f"{stage}.models.{label}")
             path = resolve(key, WeightsSettings(weights=weights))
             task = bar.add_task(label, total=len(conversations))
-            scores.append(_score_once(recipe, key, label, path, conversations, folder, lambda n, t=task: bar.advance(t, n)))
+            scores.append(
+                _score_once(recipe, key, label, path, conversations, folder, lambda n, t=task: bar.advance(t, n))
+            )
             bar.update(task, completed=len(conversations))
-    result = compare(scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed)
+    result = compare(
+        scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed
+    )
     write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
@@ -86,8 +96,8 @@ def _score(
     model = load_model(key, path, recipe.models).to(device)
     tokenizer = load_tokenizer(str(path), recipe.models.trust_remote_code)
     template = ChatTemplate(tokenizer)
-    prompts = [template.encode_prompt(conversation.prompt) for conversation in conversations]
-    answers = generate(model, tokenizer, prompts, template.end_of_turn_id(), recipe.evaluation, advance)
+    prompts = [template.encode_prompt(conversation.prompt, conversation.where) for conversation in conversations]
+    answers = generate(model, tokenizer, prompts, template.end_of_turn_id, recipe.evaluation, advance)
     references = [conversation.reference for conversation in conversations]
     rouge = rouge_rows(answers, references)
     losses = _cross_entropies(model, recipe.data, [template.encode([c])[0] for c in conversations], len(tokenizer))
@@ -97,7 +107,12 @@ def _score(
         folder,
         label,
         [
-            {"prompt": c.prompt[-1].content, "reference": r, "answer": a, **{name: values[i] for name, values in rows.items()}}
+            {
+                "prompt": c.prompt[-1].content,
+                "reference": r,
+                "answer": a,
+                **{name: values[i] for name, values in rows.items()},
+            }
             for i, (c, r, a) in enumerate(zip(conversations, references, answers, strict=True))
         ],
     )
@@ -123,12 +138,12 @@ def _kept(model: Any, recipe: Recipe, file: str, tokenizer: Any) -> float:
 
 
 def _cross_entropies(
-    model: Any, data: DataSettings, encoded: Sequence[Example | Encoded], vocab_size: int
+    model: Any, data: DataSettings, examples: Sequence[Example], vocab_size: int
 ) -> list[tuple[float, int]]:
     """Return (sum, count) for every row, in order; rows lie packed, as many as data.max_tokens holds."""
     groups: list[list[Example]] = [[]]
-    for row in encoded:
+    for row in examples:
         if groups[-1] and sum(len(one.tokens) for one in groups[-1]) + len(row.tokens) > data.max_tokens:
             groups.append([])
-        groups[-1].append(Example(row.tokens, row.supervised))
+        groups[-1].append(row)
     return cross_entropy_rows(model, [pack(group) for group in groups], vocab_size)

@@ -149,7 +149,7 @@ def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str
         raise RecipeError(f"{base.where('pipeline')}: no stage is named {stage}. Known stages: {known}.")
     if any(override.partition("=")[0] == "run" for override in overrides):
         raise RecipeError(f"{COMMAND_LINE}: run: a stage's run has the stage's name, here {stage}. Leave run out.")
-    entry, _ = nearest(_override(tree, overrides), ("pipeline", names.index(stage)))
+    entry, _ = nearest(base.tree, ("pipeline", names.index(stage)))
     changes = entry.value.get("train", Marked({}, entry.place))
     if isinstance(changes.value, dict):
         for key in STAGE_CANNOT_SET & set(changes.value):

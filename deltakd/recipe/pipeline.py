@@ -108,7 +108,12 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
 
 def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, steps: int, console: Console) -> None:
     """Show a bar of the stage's steps until its process ends."""
-    columns = (TextColumn(f"{stage:<14}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    columns = (
+        TextColumn(f"{stage:<14}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(stage, total=steps, text="starting")
         while True:
@@ -163,7 +168,9 @@ def _make(stage: StageSettings, folder: Path) -> str:
         from deltakd.data.world import write_world
 
         write_world(folder, **stage.world.model_dump())
-        return f"{stage.world.num_persons} persons, {stage.world.num_stories:,} stories, {stage.world.num_chats:,} chats"
+        return (
+            f"{stage.world.num_persons} persons, {stage.world.num_stories:,} stories, {stage.world.num_chats:,} chats"
+        )
     if stage.tokenizer is not None:
         from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
 

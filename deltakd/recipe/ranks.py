@@ -80,7 +80,7 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
             stack.enter_context(run.claim())
         if _is_finished(run, recipe, announce=role.rank == 0):
             return
-        check_paths(recipe, loaded.where)
+        check_paths(recipe, loaded.where, Path(recipe.root).name)
         inputs = read_inputs(recipe, loaded.where)
         examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
         if role.rank == 0:
@@ -174,7 +174,7 @@ def serve(loaded: Loaded, index: int, num_students: int, identity: str | None, d
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
     device = device if torch.cuda.is_available() else "cpu"
-    check_paths(recipe, loaded.where)
+    check_paths(recipe, loaded.where, Path(recipe.root).name)
     inputs = read_inputs(recipe, loaded.where)
     identity = identity or launch_identity(run.path)
     with Scratch(SHARED_MEMORY, identity) as scratch:

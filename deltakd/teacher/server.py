@@ -18,6 +18,7 @@ import zmq
 from torch import Tensor, nn
 
 from deltakd.base.errors import DeltaKDError, TeacherError
+from deltakd.models.forward import TokenBatch
 from deltakd.models.frozen import PayloadSpec, count_bad, payload
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.messages import PROTOCOL, Bye, Failed, Hello, Refused, Score, Scored, Welcome, batch_digest, decode, encode
@@ -31,16 +32,6 @@ class Served:
 
     model: nn.Module
     identity: str
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """A Score's batch as tensors, in the form that a forward takes."""
-
-    tokens: Tensor
-    positions: Tensor
-    starts: Tensor
-    supervised: Tensor
 
 
 class TeacherServer:

@@ -61,8 +61,8 @@ def train_step(
         wait_s += time.perf_counter() - asked
         result = engine.loss(batch.to(engine.device), payloads)
         engine.backward(result.total, weight=1 / num_supervised, last=index == len(batches))
-        parts = (float(result.total.detach()), result.cross_entropy, result.divergence)
-        sums = [total + part for total, part in zip(sums, parts, strict=True)]
+        parts = (result.total.detach(), result.cross_entropy, result.divergence)
+        sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
         asked = time.perf_counter()
     loss, cross_entropy, divergence = (total / num_supervised for total in world.sum(sums))
     grad_norm = engine.grad_norm()

@@ -64,8 +64,8 @@ def test_value_and_gradients_equal_plain_autograd_at_any_chunk_size(name, target
 
     # float64 sums in another order: a few ulps per token, nothing that looks like a scale error.
     torch.testing.assert_close(result.total, expected, rtol=1e-12, atol=0)
-    assert result.cross_entropy == pytest.approx(cross_entropy.item(), rel=1e-12)
-    assert result.divergence == pytest.approx(divergence.item(), rel=1e-11)
+    assert result.cross_entropy.item() == pytest.approx(cross_entropy.item(), rel=1e-12)
+    assert result.divergence.item() == pytest.approx(divergence.item(), rel=1e-11)
     ours = torch.autograd.grad(3 * result.total, (case.hidden, case.head))
     plain = torch.autograd.grad(3 * expected, (case.hidden, case.head))
     for mine, theirs in zip(ours, plain, strict=True):

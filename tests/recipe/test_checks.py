@@ -130,7 +130,9 @@ def test_a_fault_in_any_stage_is_found_at_the_line_inside_the_stage():
 
 def test_validation_may_take_other_rows_another_split_or_the_rows_before_train():
     for override in ("data.validation.split=test", "data.validation.path=org/other", "data.validation.num_rows=50"):
-        check_every_stage("case", [override])
+        check_every_stage(
+            "case", [override, "data.train.skip_rows=50" if "num" in override else "data.train.skip_rows=0"]
+        )
 
 
 def test_a_label_that_no_file_name_can_hold_is_refused():
@@ -142,6 +144,8 @@ def test_a_model_that_the_run_would_make_is_asked_for_only_where_the_objective_r
         "recipes/case.yaml:3: models.teacher.weights: runs/case/teacher/export does not exist. Run `python -m deltakd "
         "run case` first, which makes it, or write the folder of a model or a hub id."
     )
+    assert refused_path("pipeline=[]").endswith("does not exist. Write the folder of a model or a hub id.")
+    assert "out/teacher does not exist" in refused_path("root=out", "models.teacher.weights='{root}/teacher'")
     sft = load("case", stage="teacher")
     check_paths(sft.recipe, sft.where)
     Path("runs/case/teacher/export").mkdir(parents=True)

@@ -1,0 +1,64 @@
+"""Tiny rows, tokenizers trained on them, and a cache of the `datasets` library that ends with the tests."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltakd.data.settings import TokenizerSettings
+from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
+
+Write = Callable[[str, Sequence[Mapping[str, Any]]], Path]
+
+CHATS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"where does person {number} live ?"},
+            {"role": "assistant", "content": f"person {number} lives in town {number % 3} ."},
+            {"role": "user", "content": "and what does she eat ?"},
+            {"role": "assistant", "content": "soup , gladly ."},
+        ]
+    }
+    for number in range(20)
+]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rows_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the library's Arrow copies out of the home folder; it is imported later, inside the first test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
+        yield
+
+
+def write_jsonl(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """Write rows to a .jsonl of that name."""
+    return lambda name, rows: write_jsonl(tmp_path / name, rows)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folders(rows_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A trained tokenizer of each kind."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    file = write_jsonl(folder / "chats.jsonl", CHATS)
+    for kind in ("words", "byte_bpe"):
+        train_tokenizer(TokenizerSettings(kind=kind, files=[str(file)], vocab_size=400), folder / kind)
+    return {kind: folder / kind for kind in ("words", "byte_bpe")}
+
+
+@pytest.fixture(scope="session")
+def words(tokenizer_folders: dict[str, Path]) -> Any:
+    return load_tokenizer(str(tokenizer_folders["words"]))
+
+
+@pytest.fixture(scope="session")
+def byte_bpe(tokenizer_folders: dict[str, Path]) -> Any:
+    return load_tokenizer(str(tokenizer_folders["byte_bpe"]))
