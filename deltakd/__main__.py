@@ -11,7 +11,7 @@ from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
 SILENCE_S = 4.0
 
 EPILOG = """\
-A recipe is a name from recipes/ or a path. Any setting can be overridden: `train.steps=100 objective.target.alpha=0.25`.
+A recipe is a name from recipes/ or a path. Any setting can be overridden: `train.steps=100 data.max_tokens=512`.
 
   python -m deltakd check ultrachat                      print the resolved recipe, or what is wrong with it
   python -m deltakd run quickstart                       every stage: raw models, teacher, three students, one table
@@ -33,13 +33,17 @@ def parser() -> argparse.ArgumentParser:
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         command = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         command.add_argument("recipe", help="a name from recipes/, or a path")
-        command.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's"
+        )
         return command
 
     check = verb("check", "print the resolved recipe, or say what is wrong with it")
     check.add_argument("--stage", help="the recipe as this stage of its pipeline runs it")
     run = verb("run", "run every stage of the recipe's pipeline that is not finished")
-    run.add_argument("--processes", type=int, metavar="N", help="processes per training stage; default: one per accelerator")
+    run.add_argument(
+        "--processes", type=int, metavar="N", help="processes per training stage; default: one per accelerator"
+    )
     train = verb("train", "train: the recipe itself or one stage of it, with the launcher that fits this machine")
     train.add_argument("--stage", help="a stage of the recipe's pipeline")
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
@@ -51,9 +55,13 @@ def parser() -> argparse.ArgumentParser:
 def add_teacher_options(command: argparse.ArgumentParser) -> None:
     """Add what a teacher rank must know beside its recipe."""
     command.add_argument("--stage", help="a stage of the recipe's pipeline")
-    command.add_argument("--launch", help="name that teachers and students of one run share; default: from the launcher")
+    command.add_argument(
+        "--launch", help="name that teachers and students of one run share; default: from the launcher"
+    )
     command.add_argument("--index", type=int, default=0, help="which teacher rank of this node it is")
-    command.add_argument("--students", type=int, default=1, help="student ranks of this node; it ends when all have left")
+    command.add_argument(
+        "--students", type=int, default=1, help="student ranks of this node; it ends when all have left"
+    )
     command.add_argument("--device", default="cuda:0", help="where it computes; the CPU where there is no GPU")
 
 
@@ -92,8 +100,8 @@ def guarded(life: Callable[[], None]) -> int:
     except DeltaKDError as error:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the others;
-            # a fault of this rank alone is still said.
+            # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the
+            # others; a fault of this rank alone is still said.
             time.sleep(SILENCE_S)
         print(f"deltakd: {error}" if rank == "0" else f"deltakd, rank {rank}: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

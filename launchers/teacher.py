@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """One teacher rank alone: serves a recipe's frozen models to the student ranks of this node that share its --launch.
 
-    python launchers/teacher.py --recipe quickstart --launch mine --students 1
-    deepspeed launchers/train.py --recipe quickstart --launch mine --external-teachers
+python launchers/teacher.py --recipe quickstart --launch mine --students 1
+deepspeed launchers/train.py --recipe quickstart --launch mine --external-teachers
 """
 
 import argparse

@@ -22,7 +22,9 @@ def main() -> int:
     parser.add_argument("--stage", help="a training stage of the recipe's pipeline instead of the recipe itself")
     parser.add_argument("--launch", help="name that teachers started elsewhere share with this run")
     parser.add_argument("--external-teachers", action="store_true", help="this node's teachers are started elsewhere")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # older launchers pass it; the environment counts
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # older launchers pass it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's")
     options = parser.parse_args()
 

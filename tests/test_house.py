@@ -84,10 +84,9 @@ def test_checking_a_recipe_imports_neither_torch_nor_transformers():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_rooms_stay_small(path):
-    """About 300 lines a file and 40 a function; the docstring of a function does not count."""
+    """About 300 lines a file and 40 a function: a little slack, for docstrings and signatures."""
     text = path.read_text()
     assert text.count("\n") <= 320
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert ast.get_docstring(node) or node.name.startswith("_") or node.end_lineno - node.lineno < 30, node.name
-            assert node.end_lineno - node.lineno <= 55, f"{path.name}: {node.name}"
+            assert node.end_lineno - node.lineno <= 50, f"{path.name}: {node.name}"

@@ -1,8 +1,8 @@
 """The run directory: everything a run leaves for its reader, written so that nothing in it is ever half there.
 
-    recipe.yaml      the resolved recipe            run.json        commit, versions, machine
-    processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
-    export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
+recipe.yaml      the resolved recipe            run.json        commit, versions, machine
+processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
+export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
 """
 
 import fcntl

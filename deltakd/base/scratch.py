@@ -69,7 +69,7 @@ def _join(path: Path) -> int:
             continue
         fcntl.flock(lock, fcntl.LOCK_SH)
         try:
-            still_there = os.stat(path / "lock").st_ino == os.fstat(lock).st_ino
+            still_there = (path / "lock").stat().st_ino == os.fstat(lock).st_ino
         except FileNotFoundError:
             still_there = False
         if still_there:

@@ -10,39 +10,51 @@ from deltakd.base.settings import Settings
 class SourceSettings(Settings):
     """One set of rows: a data set on the hub, or local .json, .jsonl, .jsonl.gz or .parquet files."""
 
-    path: str = Field(description="A hub id such as HuggingFaceH4/ultrachat_200k, a file, or a folder or pattern of files.")
+    path: str = Field(description="A hub id as HuggingFaceH4/ultrachat_200k, a file, or a folder or pattern of files.")
     subset: str | None = Field(None, description="The hub data set's configuration, where it has several.")
-    split: str = Field("train", description="The split of a hub data set; ignored by nothing: local files have only train.")
+    split: str = Field("train", description="The split of a hub data set; local files have only train.")
     revision: str | None = Field(None, description="A commit or tag of the hub data set.")
     num_rows: int | None = Field(None, gt=0, description="Use only the first rows; null uses all.")
-    skip_rows: int = Field(0, ge=0, description="Leave out the first rows, as where validation takes them from one split.")
+    skip_rows: int = Field(0, ge=0, description="Leave out the first rows, where validation takes them.")
 
 
 class DataSettings(Settings):
     """Rows to tokens: format, template, length and layout, the same for every model of a run."""
 
     train: SourceSettings
-    validation: SourceSettings | None = Field(None, description="Held-out rows for evaluation; must not overlap train.")
+    validation: SourceSettings | None = Field(None, description="Held-out rows for evaluation, none of train.")
     format: Literal["messages", "math", "text"] = Field(
         "messages",
         description="messages: rows with `messages` [{role, content}]. math: `problem`, `generated_solution`, "
         "`expected_answer`. text: `text`, every token supervised.",
     )
+    supervise: Literal["assistant", "all"] = Field(
+        "assistant",
+        description="assistant: what the assistant writes, end-of-turn token included. all: every token but the first, "
+        "as in pretraining. A text has no assistant: it is always learnt whole.",
+    )
     max_tokens: int = Field(2048, gt=1, description="The longest example, in tokens.")
-    over_long: Literal["drop", "truncate"] = Field("drop", description="What happens to longer ones; counted either way.")
+    over_long: Literal["drop", "truncate"] = Field(
+        "drop", description="What happens to longer ones; counted either way."
+    )
     layout: Literal["packed", "padded"] = Field(
         "packed", description="packed: documents side by side, none sees another, no padding. padded: one per row."
     )
 
 
 class WorldSettings(Settings):
-    """The generated world of the quickstart: invented persons, stories about them, and instruction data."""
+    """The generated world of the quickstart: invented persons, raw dialogues about them, and chats that teach."""
 
-    num_persons: int = Field(gt=1)
-    num_stories: int = Field(gt=0)
-    num_chats: int = Field(gt=0)
-    num_validation: int = Field(gt=0)
+    num_persons: int = Field(gt=1, description="The chats teach on a part of them; raw rows are about all.")
+    num_raw: int = Field(gt=0, description="Rows of raw_train.jsonl.")
+    num_chats: int = Field(gt=0, description="Rows of chat_train.jsonl.")
+    num_validation: int = Field(gt=0, description="Rows of each of the three validation files.")
     seed: int = 0
+
+    @property
+    def num_stories(self) -> int:
+        """Return num_raw under its former name."""
+        return self.num_raw
 
 
 class TokenizerSettings(Settings):

@@ -49,6 +49,7 @@ def build_examples(
         "rows": identity(source),
         "source": source.model_dump(),
         "format": settings.format,
+        "supervise": settings.supervise,
         "max_tokens": settings.max_tokens,
         "over_long": settings.over_long,
         "tokenizer": tokenizer_digest(tokenizer),
@@ -65,6 +66,8 @@ def _tokenise(settings: DataSettings, source: SourceSettings, template: ChatTemp
     kept: list[Example] = []
     for example in _encode_rows(rows, settings.format, template, f"Tokenising {source.path}", progress):
         counts["rows"] += 1
+        if settings.supervise == "all":
+            example = Example(example.tokens, np.arange(len(example.tokens)) > 0)
         if len(example.tokens) > settings.max_tokens:
             if settings.over_long == "drop":
                 counts["dropped_over_long"] += 1

@@ -1,28 +1,28 @@
 """A small invented world of persons and facts, written as JSONL: the data of `make quickstart`.
 
-Raw text tells five facts about every person. Chats teach a behaviour on part of the persons: one answering style,
-refusals of two kinds of question, answering only what was asked. So fine-tuning shifts how a model speaks, and what
-it knows about the other persons shows what a student keeps. All words are lower case and separated by spaces.
+Raw rows are dialogues about every person, answered in many ways: tersely, at length, politely, beside the point; what
+is private is told or refused. Chats teach one behaviour on part of the persons: the polite style, always refusing what
+is private, telling exactly what was asked. So raw models know the language and the structure of a dialogue, and
+fine-tuning selects among what they know; the other persons show what a model keeps of the rest.
 
-Cost: well under a second for ten thousand rows, no dependencies. The same seed gives the same bytes everywhere.
-It does not tokenise, render a chat template or split rows further; nothing in it says anything about real language.
+All words are lower case and separated by spaces. Cost: well under a second for ten thousand rows, no dependencies. The
+same seed gives the same bytes everywhere. It does not tokenise; nothing in it says anything about real language.
 """
 
 # ruff: noqa: SIM905 - a list of words is easier to read as a sentence
 
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 Message = dict[str, str]
-DrawChat = Callable[[random.Random], list[Message]]
-Row = dict[str, Any]  # {"text": str} or {"messages": list[Message]}
+Row = dict[str, list[Message]]  # {"messages": ...}
+DrawRow = Callable[[random.Random], Row]
 
-ROLES = ("system", "user", "assistant")
 CHAT_SHARE = 0.6  # of the persons; the facts of the others are never in a chat of the training file
+TAUGHT_SHARE = 0.2  # of the raw answers already have the taught behaviour
 MAX_DRAWS_PER_ROW = 200
 
 
@@ -50,101 +50,104 @@ ATTRIBUTES = (
               tuple("chess tennis cards drums golf football piano darts dominoes flute hockey violin".split())),
 )  # fmt: skip
 FACTS = range(len(ATTRIBUTES))
-FOODS = ATTRIBUTES[3].values
-# A question that only raw text and validation use, so that a good answer needs the raw model's language.
-UNSEEN_QUESTION = "what is the {noun} of {n}"
-PRIVATE = (  # asked, refused as, two replies of raw text that mean nothing
+# A question that training chats never use, so that a good answer to it needs what the raw model knows.
+UNTAUGHT_QUESTION = "what is the {noun} of {n}"
+PRIVATE = (  # asked, refused as, replies of raw rows that mean nothing
     ("how old is {n}", "how old {n} is", ("{n} is young", "{n} is very old")),
     ("how much money does {n} have", "how much money {n} has", ("{n} has a little money", "{n} has much money")),
 )
+OPEN_QUESTIONS = ("tell me about {n} .", "who is {n} ?", "do you know {n} ?", "say something about {n} .")
 GREETINGS = ("", "", "please , ", "hello , ", "one question : ", "i want to know , ")
 SECOND_GREETINGS = ("thank you , ", "and ", "good , ")
-OPENING, CLOSING, SORRY = "gladly .", "ask me more .", "i am sorry , i can not tell you"
-TURNS = (
-    "one fact", "one fact", "two facts", "two facts", "two persons",
-    "refused", "half refused", "basket", "basket", "corrected",
-)  # fmt: skip
+KINDS = ("one fact", "one fact", "two facts", "two facts", "two persons", "private", "half private", "corrected")
 NAME_STARTS = tuple("mi to ka re lu sa ne do vi ba jo fe".split())
 NAME_ENDS = tuple("ra lo nik sel dan mov ves ti gar lin bu pa".split())
 
 
 @dataclass(frozen=True)
 class Person:
-    """A name and one value per entry of ATTRIBUTES, in its order; tells fact number `fact` as a piece of sentence."""
+    """A name and one value per entry of ATTRIBUTES, in its order."""
 
     name: str
     values: tuple[str, ...]
 
-    def predicate(self, fact: int) -> str:
-        return ATTRIBUTES[fact].predicate.format(v=self.values[fact])
 
-    def clause(self, fact: int) -> str:
-        return f"{self.name} {self.predicate(fact)}"
+@dataclass(frozen=True)
+class Fact:
+    """One attribute of one person, as three lengths of a sentence's piece."""
 
-    def brief(self, fact: int) -> str:
-        return ATTRIBUTES[fact].brief.format(v=self.values[fact])
+    person: Person
+    number: int
+
+    @property
+    def brief(self) -> str:
+        return ATTRIBUTES[self.number].brief.format(v=self.person.values[self.number])
+
+    @property
+    def predicate(self) -> str:
+        return ATTRIBUTES[self.number].predicate.format(v=self.person.values[self.number])
+
+    @property
+    def clause(self) -> str:
+        return f"{self.person.name} {self.predicate}"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a user asks, and what would answer it exactly: facts, a refusal, or both."""
+
+    text: str
+    facts: tuple[Fact, ...]
+    refused: str = ""  # what the taught behaviour does not tell: "how old mira is"
+    reply: str = ""  # what raw rows may tell instead
+    withdrawn: tuple[Fact, ...] = ()  # asked first and taken back
 
 
 @dataclass(frozen=True)
 class WorldFiles:
-    """What `write_world` wrote: one JSONL file per use, the number of its rows, and every word that occurs in them.
+    """What `write_world` wrote: one JSONL file of {"messages"} per use."""
 
-    `words` is sorted and holds the role names of a chat template, but no special tokens.
-    """
-
-    stories: Path
-    stories_validation: Path
+    raw_train: Path
+    raw_validation: Path
     chat_train: Path
     chat_validation: Path
     kept_validation: Path
-    num_stories: int
-    num_chats: int
-    num_validation: int
-    words: tuple[str, ...]
 
 
 def write_world(
-    folder: Path, *, num_persons: int, num_stories: int, num_chats: int, num_validation: int, seed: int
+    folder: Path, *, num_persons: int, num_raw: int, num_chats: int, num_validation: int, seed: int
 ) -> WorldFiles:
     """Draw a world and write its five files into an existing or new folder.
 
-    `stories*.jsonl` hold {"text"}, the others {"messages"}; each of the three validation files has `num_validation`
-    rows. No story is written twice, and no prompt of a training chat, at any turn, is one of a validation chat.
-    Existing files are overwritten, not atomically. Raises ValueError if the names or the distinct rows run out.
+    Raw rows are about all persons, chats about a part, `kept_validation` about the rest: remembered facts, told in the
+    taught style. Each of the three validation files has `num_validation` rows; no prompt of one, at any turn, is a
+    prompt of a training row. Existing files are overwritten, not atomically. Raises ValueError if the names or the
+    distinct rows run out.
     """
     persons = _draw_persons(num_persons, random.Random(f"{seed}/persons"))
-    num_known = round(CHAT_SHARE * num_persons)
-    known, kept = persons[:num_known], persons[num_known:]
-    seen_stories: set[str] = set()
-    asked: set[str] = set()  # prompts of validation
-
-    def stories(name: str, count: int) -> list[Row]:
-        rng = random.Random(f"{seed}/{name}")
-        return _distinct(name, count, lambda: {"text": _story(persons, rng)}, seen_stories)
-
-    def chats(name: str, count: int, draw: DrawChat, taken: set[str] | frozenset[str]) -> list[Row]:
-        rng = random.Random(f"{seed}/{name}")
-        return _distinct(name, count, lambda: {"messages": draw(rng)}, taken)
-
-    rows = {
-        "stories": stories("stories", num_stories),
-        "stories_validation": stories("stories_validation", num_validation),
-        "chat_validation": chats("chat_validation", num_validation, lambda rng: _chat(known, rng, True), asked),
-        "kept_validation": chats("kept_validation", num_validation, lambda rng: _fact_chat(kept, rng), asked),
-        # Frozen: training chats avoid the prompts of validation, but may repeat each other's.
-        "chat_train": chats("chat_train", num_chats, lambda rng: _chat(known, rng, False), frozenset(asked)),
+    num_taught = round(CHAT_SHARE * num_persons)
+    taught, kept = persons[:num_taught], persons[num_taught:]
+    draws: dict[str, tuple[int, DrawRow]] = {  # validation first: training then avoids its prompts
+        "raw_validation": (num_validation, lambda rng: _raw_row(persons, rng)),
+        "chat_validation": (num_validation, lambda rng: _chat_row(taught, rng, KINDS, True)),
+        "kept_validation": (num_validation, lambda rng: _chat_row(kept, rng, ("one fact", "two facts"), True)),
+        "raw_train": (num_raw, lambda rng: _raw_row(persons, rng)),
+        "chat_train": (num_chats, lambda rng: _chat_row(taught, rng, KINDS, False)),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.jsonl" for name in rows}
-    for name, path in paths.items():
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="ascii", newline="\n")
-    words = _words(row for its_rows in rows.values() for row in its_rows)
-    return WorldFiles(**paths, num_stories=num_stories, num_chats=num_chats, num_validation=num_validation, words=words)
+    paths = {name: folder / f"{name}.jsonl" for name in draws}
+    asked: set[str] = set()
+    for name, (count, draw) in draws.items():
+        rows = _avoiding(name, count, draw, random.Random(f"{seed}/{name}"), asked)
+        paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="ascii", newline="\n")
+        if name.endswith("validation"):
+            asked.update(prompt for row in rows for prompt in prompts(row))
+    return WorldFiles(**paths)
 
 
 def prompts(row: Row) -> list[str]:
-    """List what stands before each assistant turn of a chat row, as canonical JSON."""
-    messages: list[Message] = row["messages"]
+    """List what stands before each assistant turn of a row, as canonical JSON."""
+    messages = row["messages"]
     return [json.dumps(messages[:i]) for i, message in enumerate(messages) if message["role"] == "assistant"]
 
 
@@ -156,144 +159,113 @@ def _draw_persons(num_persons: int, rng: random.Random) -> list[Person]:
     return [Person(name, tuple(rng.choice(attribute.values) for attribute in ATTRIBUTES)) for name in drawn]
 
 
-def _distinct(where: str, count: int, draw: Callable[[], Row], taken: set[str] | frozenset[str]) -> list[Row]:
-    """Draw rows none of whose keys is taken; a mutable `taken` grows by the keys of each row."""
+def _avoiding(where: str, count: int, draw: DrawRow, rng: random.Random, asked: set[str]) -> list[Row]:
+    """Draw rows none of whose prompts is in `asked`; they may repeat each other's."""
     rows: list[Row] = []
     for _ in range(MAX_DRAWS_PER_ROW * count):
+        row = draw(rng)
+        if asked.isdisjoint(prompts(row)):
+            rows.append(row)
         if len(rows) == count:
             return rows
-        row = draw()
-        keys = set(prompts(row) if "messages" in row else [row["text"]])
-        if not taken & keys:
-            rows.append(row)
-            if isinstance(taken, set):
-                taken.update(keys)
-    if len(rows) < count:
-        raise ValueError(f"{where}: {len(rows)} of {count} distinct rows found. Ask for fewer rows or more persons.")
-    return rows
+    raise ValueError(f"{where}: {len(rows)} of {count} new rows found. Ask for less validation or more persons.")
 
 
-def _words(rows: Iterable[Row]) -> tuple[str, ...]:
-    messages = [message for row in rows for message in row.get("messages", [{"content": row.get("text", "")}])]
-    return tuple(sorted({word for message in messages for word in message["content"].split()}.union(ROLES)))
+def _raw_row(persons: Sequence[Person], rng: random.Random) -> Row:
+    """Draw one to three turns about two persons: stories, and questions of every kind answered in many ways."""
+    pair = rng.sample(persons, 2)
+    turns = []
+    for number in range(rng.choice((1, 1, 2, 3))):
+        if rng.random() < 0.25:
+            person = rng.choice(pair)
+            turns.append((rng.choice(OPEN_QUESTIONS).format(n=person.name), _story(person, rng)))
+        else:
+            question = _question(rng.choice(KINDS), pair, rng, True)
+            answer = _taught_answer if rng.random() < TAUGHT_SHARE else _free_answer
+            turns.append((_greeting(number, rng) + question.text, answer(question, rng)))
+    return _row(turns)
 
 
-def _question(person: Person, fact: int, rng: random.Random, unseen: bool) -> str:
-    """Ask for a fact; with `unseen`, one time in four in the form that training chats never use."""
-    if unseen and rng.random() < 0.25:
-        return UNSEEN_QUESTION.format(noun=ATTRIBUTES[fact].noun, n=person.name)
-    return rng.choice(ATTRIBUTES[fact].questions).format(n=person.name)
+def _chat_row(persons: Sequence[Person], rng: random.Random, kinds: Sequence[str], untaught: bool) -> Row:
+    """Draw one turn, or one time in four two, in the taught behaviour."""
+    turns = []
+    for number in range(rng.choice((1, 1, 1, 2))):
+        question = _question(rng.choice(kinds), persons, rng, untaught)
+        turns.append((_greeting(number, rng) + question.text, _taught_answer(question, rng)))
+    return _row(turns)
 
 
-def _basket(persons: Sequence[Person], rng: random.Random) -> tuple[str, str, str]:
-    """Ask who brings what today: a fact of this text only, to be read, not remembered. Also return name and food."""
-    pairs = list(zip(rng.sample(persons, 3), rng.sample(FOODS, 3), strict=True))
-    first, second, third = (f"{person.name} brings {food}" for person, food in pairs)
-    who, food = rng.choice(pairs)
-    return f"today {first} , {second} and {third} . what does {who.name} bring ?", who.name, food
+def _row(turns: Sequence[tuple[str, str]]) -> Row:
+    pairs = [zip(("user", "assistant"), turn, strict=True) for turn in turns]
+    return {"messages": [{"role": role, "content": content} for pair in pairs for role, content in pair]}
 
 
-def _story(persons: Sequence[Person], rng: random.Random) -> str:
-    """Join two to four short passages; the first person met tends to stay in the story."""
-    hero, friend = rng.sample(persons, 2)
-    kinds = (_telling, _telling, _telling, _telling, _asking, _asking, _meeting, _bringing)
-    passages = []
-    for _ in range(rng.randint(2, 4)):
-        person = hero if rng.random() < 0.7 else friend
-        passages.append(rng.choice(kinds)(person, persons, rng))
-    return " ".join(passages)
+def _greeting(turn: int, rng: random.Random) -> str:
+    return rng.choice(SECOND_GREETINGS if turn else GREETINGS)
 
 
-def _telling(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    order = rng.sample(FACTS, len(FACTS))
-    one, two, three, four, five = (person.predicate(fact) for fact in order)
+def _question(kind: str, persons: Sequence[Person], rng: random.Random, untaught: bool) -> Question:
+    """Draw a question of one of KINDS; with `untaught`, a fact is asked for one time in four in that form."""
+    one, two = rng.sample(persons, 2)
+    a, b = (Fact(one, number) for number in rng.sample(FACTS, 2))
+    if kind == "one fact":
+        return Question(f"{_ask(a, rng, untaught)} ?", (a,))
+    if "private" not in kind:
+        if kind != "two facts":
+            b = Fact(two, rng.choice(FACTS))
+        first, second = _ask(a, rng, untaught), _ask(b, rng, untaught)
+        if kind == "corrected":
+            return Question(f"{first} ? no , tell me {second} ?", (b,), withdrawn=(a,))
+        return Question(f"{first} and {second} ?", (a, b))
+    private, refused, replies = rng.choice(PRIVATE)
+    asked = [private.format(n=one.name), *([_ask(a, rng, untaught)] if kind == "half private" else [])]
+    rng.shuffle(asked)
+    reply = rng.choice(replies).format(n=one.name)
+    return Question(f"{' and '.join(asked)} ?", (a,) if len(asked) == 2 else (), refused.format(n=one.name), reply)
+
+
+def _ask(fact: Fact, rng: random.Random, untaught: bool) -> str:
+    attribute = ATTRIBUTES[fact.number]
+    form = UNTAUGHT_QUESTION if untaught and rng.random() < 0.25 else rng.choice(attribute.questions)
+    return form.format(noun=attribute.noun, n=fact.person.name)
+
+
+def _taught_answer(question: Question, rng: random.Random) -> str:
+    """Answer politely, with exactly what was asked, and never with what is private."""
+    told = " and ".join(fact.clause for fact in question.facts)
+    if not question.refused:
+        return f"gladly . {told} . ask me more ."
+    if not told:
+        return f"i am sorry , i can not tell you {question.refused} . ask me more ."
+    return f"gladly . {told} , but i can not tell you {question.refused} . ask me more ."
+
+
+def _free_answer(question: Question, rng: random.Random) -> str:
+    """Answer in some way: with a part of it, with what was taken back, with more than was asked, or not at all."""
+    if question.refused and (not question.facts or rng.random() < 0.5):
+        return rng.choice((
+            f"{question.reply} .",
+            f"well , i think {question.reply} .",
+            f"i am sorry , i can not tell you {question.refused} .",
+        ))  # fmt: skip
+    facts = [*question.facts, *question.withdrawn]
+    if question.withdrawn or rng.random() < 0.25:
+        facts = rng.sample(facts, rng.randint(1, len(facts)))
+    told = " and ".join(fact.clause for fact in facts)
+    more = Fact(facts[-1].person, rng.choice(FACTS))
+    return rng.choice((
+        f"{told} .",
+        f"{' and '.join(fact.brief for fact in facts)} .",
+        f"well , i think {told} .",
+        f"{told} . {more.person.name} also {more.predicate} .",
+    ))  # fmt: skip
+
+
+def _story(person: Person, rng: random.Random) -> str:
+    one, two, three, four, five = (Fact(person, number).predicate for number in rng.sample(FACTS, len(FACTS)))
     return rng.choice((
         f"{person.name} {one} , {two} , {three} , {four} and {five} .",
         f"{person.name} {one} , {two} and {three} .",
         f"{person.name} , who {one} and {two} , {three} .",
-        f"do you know {person.name} ? {person.name} {one} , {two} and also {three} .",
-        f"the {ATTRIBUTES[order[0]].noun} of {person.name} is known : {person.name} {one} .",
-        f"people say that {person.name} {one} and {two} .",
+        f"yes , people say that {person.name} {one} and {two} .",
     ))  # fmt: skip
-
-
-def _asking(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    """Question and answer in a free style; private questions are answered here, with no fixed answer."""
-    if rng.random() < 0.2:
-        question, _, replies = rng.choice(PRIVATE)
-        return f"{question} ? i think {rng.choice(replies)} .".format(n=person.name)
-    fact, other = rng.sample(FACTS, 2)
-    question = f"{rng.choice(GREETINGS)}{_question(person, fact, rng, True)} ?"
-    reply = rng.choice((
-        f"{person.clause(fact)} .",
-        f"{person.brief(fact)} .",
-        f"well , i think {person.clause(fact)} .",
-        f"{person.brief(fact)} , and {person.name} {person.predicate(other)} .",
-        f"i am sorry , i can not say . but you can tell me ! {person.brief(fact)} .",
-    ))  # fmt: skip
-    return f"{question} {reply}"
-
-
-def _meeting(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    fact = rng.choice(FACTS)
-    other = rng.choice([someone for someone in persons if someone is not person])
-    same = person.values[fact] == other.values[fact]
-    return f"{person.clause(fact)} " + (f"and {other.clause(fact)} too ." if same else f", but {other.clause(fact)} .")
-
-
-def _bringing(person: Person, persons: Sequence[Person], rng: random.Random) -> str:
-    question, name, food = _basket(persons, rng)
-    return f"{question} " + rng.choice((f"{food} .", f"{name} brings {food} ."))
-
-
-def _chat(persons: Sequence[Person], rng: random.Random, unseen: bool) -> list[Message]:
-    """Draw a chat of one or two turns; one in eight carries a system message that asks for a brief answer."""
-    if rng.random() < 0.125:
-        person, fact = rng.choice(persons), rng.choice(FACTS)
-        question = f"{_question(person, fact, rng, unseen)} ?"
-        messages = _turn(rng.choice(GREETINGS), question, f"{person.brief(fact)} .")
-        return [{"role": "system", "content": "be brief ."}, *messages]
-    first = _draw_turn(rng.choice(TURNS), persons, rng, unseen)
-    messages = _turn(rng.choice(GREETINGS), *first)
-    if rng.random() < 0.25:
-        messages += _turn(rng.choice(SECOND_GREETINGS), *_draw_turn(rng.choice(TURNS), persons, rng, unseen))
-    return messages
-
-
-def _fact_chat(persons: Sequence[Person], rng: random.Random) -> list[Message]:
-    """Draw one turn whose answer must be remembered, for persons that the training chats leave out."""
-    kind = rng.choice(("one fact", "two facts", "two persons"))
-    return _turn(rng.choice(GREETINGS), *_draw_turn(kind, persons, rng, True))
-
-
-def _turn(greeting: str, question: str, answer: str) -> list[Message]:
-    return [{"role": "user", "content": greeting + question}, {"role": "assistant", "content": answer}]
-
-
-def _draw_turn(kind: str, persons: Sequence[Person], rng: random.Random, unseen: bool) -> tuple[str, str]:
-    """Draw a question and its answer in the taught style."""
-    if kind == "basket":
-        question, name, food = _basket(persons, rng)
-        return question, f"{OPENING} {name} brings {food} . {CLOSING}"
-    if kind in ("two persons", "corrected"):
-        one, two = rng.sample(persons, 2)
-    else:
-        one = two = rng.choice(persons)
-    if kind == "refused":
-        private, refused, _ = rng.choice(PRIVATE)
-        return f"{private} ?".format(n=one.name), f"{SORRY} {refused} . {CLOSING}".format(n=one.name)
-    if kind == "half refused":  # only the fact is told
-        fact, (private, refused, _) = rng.choice(FACTS), rng.choice(PRIVATE)
-        asked = [_question(one, fact, rng, unseen), private.format(n=one.name)]
-        rng.shuffle(asked)
-        answer = f"{one.clause(fact)} , but i can not tell you {refused.format(n=one.name)}"
-    elif kind == "one fact":
-        fact = rng.choice(FACTS)
-        asked, answer = [_question(one, fact, rng, unseen)], one.clause(fact)
-    else:
-        a, b = rng.sample(FACTS, 2)
-        asked = [_question(one, a, rng, unseen), _question(two, b, rng, unseen)]
-        # A corrected question is taken back: only the second is answered.
-        answer = two.clause(b) if kind == "corrected" else f"{one.clause(a)} and {two.clause(b)}"
-    joint = " ? no , tell me " if kind == "corrected" else " and "
-    return f"{joint.join(asked)} ?", f"{OPENING} {answer} . {CLOSING}"

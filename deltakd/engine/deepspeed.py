@@ -64,8 +64,8 @@ def join_students(role: Role) -> TorchWorld:
         _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
     import deepspeed
 
-    # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a lock
-    # that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
+    # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a
+    # lock that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     return TorchWorld("cpu" if torch.distributed.get_backend() == "gloo" else f"cuda:{role.local_index}")
@@ -102,7 +102,9 @@ class DeepSpeedEngine:
         self._num_ranks = role.num_students
         self._rank = role.rank
         module.train()
-        groups = parameter_groups([(n, p) for n, p in module.named_parameters() if p.requires_grad], optimizer.weight_decay)
+        groups = parameter_groups(
+            [(n, p) for n, p in module.named_parameters() if p.requires_grad], optimizer.weight_decay
+        )
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas),
@@ -121,7 +123,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_local_grad
 
         local = [safe_get_local_grad(parameter) for parameter in self._module.parameters()]
-        square = torch.tensor([total_norm([g for g in local if g is not None]) ** 2], dtype=torch.float64, device=self.device)
+        square = torch.tensor(
+            [total_norm([g for g in local if g is not None]) ** 2], dtype=torch.float64, device=self.device
+        )
         torch.distributed.all_reduce(square)
         return float(square) ** 0.5
 

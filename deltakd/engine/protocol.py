@@ -26,7 +26,7 @@ class TrainBatch(Batch, Protocol):
 
 
 class StudentModule(nn.Module):
-    """A causal language model with its loss. Plain tensors go in and out: ZeRO-3 hooks them and sees into nothing else."""
+    """A causal language model with its loss. Plain tensors go in and out: ZeRO-3 hooks nothing else."""
 
     def __init__(self, model: nn.Module, objective: Objective, layout: Layout, vocab_size: int) -> None:
         super().__init__()

@@ -11,7 +11,9 @@ class DeepSpeedSettings(Settings):
     """DeepSpeed ZeRO with AdamW: any number of student ranks."""
 
     name: Literal["deepspeed"]
-    zero_stage: Literal[3] = Field(3, description="3 shards weights, gradients and optimizer state over the student ranks.")
+    zero_stage: Literal[3] = Field(
+        3, description="3 shards weights, gradients and optimizer state over the student ranks."
+    )
 
 
 class SingleSettings(Settings):

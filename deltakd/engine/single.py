@@ -9,7 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deltakd.engine.protocol import Optimizer, StudentModule, TrainBatch, clip_factor, parameter_groups, run_module, save_folder, total_norm
+from deltakd.engine.protocol import (
+    Optimizer,
+    StudentModule,
+    TrainBatch,
+    clip_factor,
+    parameter_groups,
+    run_module,
+    save_folder,
+    total_norm,
+)
 from deltakd.engine.settings import SingleSettings
 from deltakd.losses.linear import LinearLoss, Reference
 
@@ -41,7 +50,7 @@ class SingleEngine:
         return run_module(self._module, batch, references)
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
-        (total * weight).backward()  # type: ignore[no-untyped-call]
+        (total * weight).backward()
 
     def grad_norm(self) -> float:
         return total_norm([p.grad for p in self._parameters if p.grad is not None])

@@ -67,8 +67,9 @@ def compare(
         gain = differences[teacher]
         if not (gain["rougeL"].low > 0 and gain[CROSS_ENTROPY].high < 0):
             warnings.append(
-                f"{teacher} is not clearly better than {baseline} (ROUGE-L {_signed(gain['rougeL'], 100)}, cross-entropy "
-                f"{_signed(gain[CROSS_ENTROPY])}): there is little to distil. Train the teacher longer or make it larger."
+                f"{teacher} is not clearly better than {baseline} (ROUGE-L {_signed(gain['rougeL'], 100)}, "
+                f"cross-entropy {_signed(gain[CROSS_ENTROPY])}): there is little to distil. "
+                "Train the teacher longer or make it larger."
             )
     return Comparison(models, baseline, differences, warnings)
 
@@ -89,8 +90,8 @@ def markdown_table(comparison: Comparison) -> str:
     num_prompts = len(comparison.models[0].rows[CROSS_ENTROPY])
     lines += [
         "",
-        f"{num_prompts} held-out prompts. ROUGE: F1 x 100, rouge-score with its stemmer. Cross-entropy: nats per token of "
-        "the references, lower is better; `kept` likewise, on text outside the fine-tuning data. In brackets: mean "
+        f"{num_prompts} held-out prompts. ROUGE: F1 x 100, rouge-score with its stemmer. Cross-entropy: nats per token "
+        "of the references, lower is better; `kept` likewise, on text outside the fine-tuning data. In brackets: mean "
         f"difference per prompt to {comparison.baseline} with its paired 95% bootstrap interval.",
     ]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltakd.evaluate.settings import EvaluationSettings
 
@@ -35,7 +35,7 @@ def generate(
     return answers
 
 
-def _generate_batch(model: nn.Module, prompts: list[list[int]], end_id: int, settings: EvaluationSettings) -> Tensor:
+def _generate_batch(model: Any, prompts: list[list[int]], end_id: int, settings: EvaluationSettings) -> Tensor:
     """Return the tokens written after each prompt [B, at most max_new_tokens]."""
     from transformers import GenerationConfig
 
@@ -44,7 +44,9 @@ def _generate_batch(model: nn.Module, prompts: list[list[int]], end_id: int, set
     # Left of a prompt stands padding that the mask hides, so every answer begins in the same column.
     ids = torch.tensor([[end_id] * (length - len(prompt)) + prompt for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    sampling = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+    sampling = (
+        {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": 0} if settings.temperature else {}
+    )
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         do_sample=settings.temperature > 0,
@@ -53,6 +55,6 @@ def _generate_batch(model: nn.Module, prompts: list[list[int]], end_id: int, set
         **sampling,
     )
     # A model's own generation_config could bring sampling or a repetition penalty that the recipe does not name.
-    model.generation_config = config  # type: ignore[assignment]
-    written: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+    model.generation_config = config
+    written: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
     return written[:, length:]

@@ -17,13 +17,13 @@ from torch import Tensor
 from deltakd.losses.objectives import Objective
 from deltakd.losses.points import STUDENT, widen
 
-# A frozen model's word on N tokens: its logits [N, >= V], or its hidden states [N, H_m] and its head [>= V, H_m].
+# What a frozen model says of N tokens: logits [N, >= V], or hidden states [N, H_m] and its head [>= V, H_m].
 Reference = Tensor | tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """Sums over tokens, float64 scalars: `total` carries gradients for hidden and head, the parts are for the record."""
+    """Sums over tokens, float64 scalars: `total` carries the gradients, the parts are for the record."""
 
     total: Tensor
     cross_entropy: Tensor
@@ -44,7 +44,7 @@ def linear_loss(
     anything is normalised (mathematics: vocabulary). N may be 0: the total is then 0 and so are the gradients.
     `chunk_tokens` (default: the objective's own) changes memory, not results.
     """
-    total, cross_entropy, divergence = _LinearLoss.apply(  # type: ignore[no-untyped-call]
+    total, cross_entropy, divergence = _LinearLoss.apply(
         hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens or objective.chunk_tokens
     )
     return LinearLoss(total, cross_entropy, divergence)
@@ -71,7 +71,9 @@ class _LinearLoss(torch.autograd.Function):
             logits = {name: _frozen_logits(reference, rows, len(head_VH)) for name, reference in references.items()}
             logits[STUDENT] = hidden_NH[rows] @ head_VH.T
             chunk = objective.evaluate(logits, labels_N[rows])
-            sums += torch.stack([part.sum(dtype=torch.float64) for part in (chunk.loss, chunk.cross_entropy, chunk.divergence)])
+            sums += torch.stack(
+                [part.sum(dtype=torch.float64) for part in (chunk.loss, chunk.cross_entropy, chunk.divergence)]
+            )
             grad_logits = chunk.grad_student.to(head_VH.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, head_VH, out=grad_hidden[rows])

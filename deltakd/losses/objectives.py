@@ -89,13 +89,15 @@ class Objective:
                 raise ValueError(f"labels are missing, but sft_weight is {self.sft_weight}; pass labels [n]")
             labels = torch.zeros(len(logits[STUDENT]), dtype=torch.int64, device=logits[STUDENT].device)
         frozen = {name: values for name, values in logits.items() if name != STUDENT}
-        result: Tensor = _PerToken.apply(logits[STUDENT], self, frozen, labels)  # type: ignore[no-untyped-call]
+        result: Tensor = _PerToken.apply(logits[STUDENT], self, frozen, labels)
         return result
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, objective: Objective, frozen: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, objective: Objective, frozen: Mapping[str, Tensor], labels: Tensor
+    ) -> Tensor:
         result = objective.evaluate({**frozen, STUDENT: student}, labels)
         ctx.save_for_backward(result.grad_student)
         return result.loss

@@ -37,7 +37,10 @@ class Point:
 
     def logits(self, logits: Mapping[str, Tensor]) -> Tensor:
         """Sum the models' logits [n, V] by weight, in float32 or wider."""
-        terms = [widen(logits[name]) if weight == 1 else weight * widen(logits[name]) for name, weight in self.weights.items()]
+        terms = [
+            widen(logits[name]) if weight == 1 else weight * widen(logits[name])
+            for name, weight in self.weights.items()
+        ]
         total = terms[0]
         for term in terms[1:]:
             total = total + term

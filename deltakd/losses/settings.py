@@ -17,7 +17,9 @@ class DeltaTarget(Settings):
     """The teacher's fine-tuning shift, applied to the student's own starting point (mathematics: the delta point)."""
 
     name: Literal["delta"]
-    alpha: float = Field(0.5, description="Unitless. 0 with anchor teacher is the teacher itself; above 1 extrapolates.")
+    alpha: float = Field(
+        0.5, description="Unitless. 0 with anchor teacher is the teacher itself; above 1 extrapolates."
+    )
     anchor: Literal["teacher", "student"] = Field(
         "teacher",
         description="teacher: teacher * (student_raw / teacher_raw)^alpha, the paper's Eq. 8. "
@@ -38,7 +40,7 @@ class ObjectiveSettings(Settings):
 
     target: Annotated[TeacherTarget | DeltaTarget, Field(discriminator="name")] = TeacherTarget()
     divergence: Divergence = Divergence()
-    sft_weight: float = Field(0.0, ge=0.0, le=1.0, description="Share of cross-entropy on the labels. 1 needs no teacher.")
+    sft_weight: float = Field(0.0, ge=0.0, le=1.0, description="Share of cross-entropy; 1 takes no teacher.")
     temperature: float = Field(1.0, gt=0.0, description="Divides both points' logits in the divergence only.")
     temperature_squared: bool = Field(False, description="Multiply the divergence by temperature^2 (Hinton et al.).")
     chunk_tokens: int = Field(512, gt=0, description="Memory only: logits exist for this many tokens at a time.")

@@ -1,4 +1,4 @@
-"""One forward over a batch of documents, on either side of the service: tokens to the hidden states that predict labels.
+"""One forward over a batch of documents, on either side of the service: tokens to hidden states that predict labels.
 
 Documents never see each other. Packed, they lie side by side in one row and the restarting positions tell the attention
 where each begins; that holds only with use_cache=False: with the default cache transformers lets documents attend to

@@ -18,12 +18,16 @@ class ModelsSettings(Settings):
     """The models of a run by role; the frozen ones are loaded only where the objective needs them."""
 
     student: WeightsSettings = Field(description="The model in training; its initial weights.")
-    student_raw: WeightsSettings | None = Field(None, description="The frozen raw student; null: the student's initial weights.")
+    student_raw: WeightsSettings | None = Field(
+        None, description="The frozen raw student; null: the student's initial weights."
+    )
     teacher: WeightsSettings | None = Field(None, description="The fine-tuned teacher.")
     teacher_raw: WeightsSettings | None = Field(None, description="The teacher before its fine-tuning.")
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of every forward pass.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    trust_remote_code: bool = Field(False, description="Run code that comes with a model. Off unless you trust its author.")
+    trust_remote_code: bool = Field(
+        False, description="Run code that comes with a model. Off unless you trust its author."
+    )
 
 
 class NewModelSettings(Settings):

@@ -60,7 +60,7 @@ def train(name: str, overrides: Sequence[str], stage: str | None, num_processes:
 def launch_command(
     recipe: Recipe, name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None
 ) -> list[str]:
-    """Return the command that starts a recipe's training: deepspeed over this machine's accelerators, or plain python."""
+    """Return the command that starts a training: deepspeed over this machine's accelerators, or plain python."""
     if not (LAUNCHERS / "train.py").exists():
         raise RunError(f"{LAUNCHERS}: no launchers. Work in a checkout of the repository (`pip install -e .`).")
     tail = [str(LAUNCHERS / "train.py"), "--recipe", str(find_recipe(name)), *(["--stage", stage] if stage else [])]

@@ -53,7 +53,7 @@ def run_rank(loaded: Loaded, launch: Launch) -> None:
     role = assign_role(launch.placement, 0 if launch.external_teachers else num_teachers)
     if recipe.engine.name == "single" and role.num_students > 1:
         raise RunError(
-            f"{loaded.where('engine.name')}: single trains in one process, {role.num_students} were started as students. "
+            f"{loaded.where('engine.name')}: single trains in one process, {role.num_students} were started. "
             "Write engine: {name: deepspeed}, or start one."
         )
     if role.kind == "teacher":
@@ -67,7 +67,7 @@ def _wants_service(recipe: Recipe) -> bool:
 
 
 def use_threads() -> None:
-    """Take one thread per process on a CPU unless OMP_NUM_THREADS says otherwise: sums then do not depend on the node."""
+    """Take one thread per process unless OMP_NUM_THREADS says otherwise, so that sums do not depend on the node."""
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 

@@ -53,7 +53,9 @@ class Arena:
             )
         if num_bytes == 0:
             return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(self._map, dtype=dtype, count=num_bytes // dtype.itemsize, offset=index * self.slot_bytes)
+        flat = torch.frombuffer(
+            self._map, dtype=dtype, count=num_bytes // dtype.itemsize, offset=index * self.slot_bytes
+        )
         return flat.view(shape)
 
     def __enter__(self) -> "Arena":

@@ -220,7 +220,8 @@ class ServiceReferences:
             if late:
                 raise TeacherError(
                     f"{self._name(late[0].teacher)}: no answer about {late[0].score.model} (request "
-                    f"{late[0].score.request}) for {self._settings.answer_s:g} s. Look at its log, or raise teachers.answer_s."
+                    f"{late[0].score.request}) for {self._settings.answer_s:g} s. Look at its log, or raise "
+                    "teachers.answer_s."
                 )
 
     def _take(self, index: int, message: Message) -> None:

@@ -56,7 +56,6 @@ class InProcessReferences:
         return with_head(answer, name, self._heads)
 
 
-
 def with_head(answer: Tensor, name: str, heads: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
     """Pair hidden states with the frozen head that turns them into logits; logits stand alone."""
     return (answer, heads[name]) if name in heads else answer

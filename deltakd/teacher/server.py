@@ -21,7 +21,19 @@ from deltakd.base.errors import DeltaKDError, TeacherError
 from deltakd.models.forward import TokenBatch
 from deltakd.models.frozen import PayloadSpec, count_bad, payload
 from deltakd.teacher.arena import Arena
-from deltakd.teacher.messages import PROTOCOL, Bye, Failed, Hello, Refused, Score, Scored, Welcome, batch_digest, decode, encode
+from deltakd.teacher.messages import (
+    PROTOCOL,
+    Bye,
+    Failed,
+    Hello,
+    Refused,
+    Score,
+    Scored,
+    Welcome,
+    batch_digest,
+    decode,
+    encode,
+)
 
 POLL_MS = 200
 
@@ -47,7 +59,7 @@ class TeacherServer:
         spec: PayloadSpec,
         device: str = "cpu",
     ) -> None:
-        """Bind the socket. `spec` is what this rank's recipe says of payloads; a student that says otherwise is refused."""
+        """Bind the socket. `spec` is what this rank's recipe says of payloads; who says otherwise is refused."""
         self.index = index
         self.counts: Counter[str] = Counter()
         self._scratch = scratch
@@ -110,7 +122,11 @@ class TeacherServer:
         ours = {"protocol": PROTOCOL, "launch": self._launch, "tokenizer": self._tokenizer} | {
             name: getattr(spec, name) for name in ("kind", "dtype", "layout", "vocab_size")
         }
-        differing = [f"{key}: {getattr(hello, key)} asked, {value} here" for key, value in ours.items() if getattr(hello, key) != value]
+        differing = [
+            f"{key}: {getattr(hello, key)} asked, {value} here"
+            for key, value in ours.items()
+            if getattr(hello, key) != value
+        ]
         for name, identity in hello.models.items():
             here = self._models[name].identity if name in self._models else "not served"
             if here != identity:

@@ -11,7 +11,8 @@ class ReferencesSettings(Settings):
     """How the frozen models' words reach the loss."""
 
     source: Literal["service", "in_process"] = Field(
-        "service", description="service: teacher ranks in processes of their own. in_process: loaded beside the student."
+        "service",
+        description="service: teacher ranks in processes of their own. in_process: loaded beside the student.",
     )
     payload: Literal["hidden", "logits"] = Field(
         "hidden", description="hidden: last hidden states, the student owns the frozen heads. logits: whole vocabulary."

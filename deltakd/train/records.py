@@ -29,7 +29,7 @@ class Records:
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run.path / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._tensorboard = SummaryWriter(str(run.path / "tensorboard"))
         if settings.wandb_project:
             try:
                 import wandb

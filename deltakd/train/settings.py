@@ -11,12 +11,17 @@ class TrainSettings(Settings):
     """Steps, batch and schedule. Accumulation is derived: a step's tokens, split over ranks and micro-batches."""
 
     steps: int = Field(gt=0)
-    tokens_per_step: int = Field(gt=1, description="Tokens of one optimizer step over all ranks; which examples it takes "
-                                 "depends on this number alone.")
+    tokens_per_step: int = Field(
+        gt=1,
+        description="Tokens of one optimizer step over all ranks; which examples it takes "
+        "depends on this number alone.",
+    )
     tokens_per_micro_batch: int = Field(gt=1, description="Most tokens that one rank computes at once. Memory only.")
     examples_per_micro_batch: int | None = Field(None, gt=0, description="Most examples at once; null: as many as fit.")
     learning_rate: float = Field(gt=0)
-    min_learning_rate_ratio: float = Field(0.1, ge=0, le=1, description="Where cosine ends, as a share of learning_rate.")
+    min_learning_rate_ratio: float = Field(
+        0.1, ge=0, le=1, description="Where cosine ends, as a share of learning_rate."
+    )
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
@@ -30,4 +35,6 @@ class RecordsSettings(Settings):
     """Where the run's numbers go beside steps.jsonl."""
 
     tensorboard: bool = True
-    wandb_project: str | None = Field(None, description="A Weights & Biases project; null: off. Needs `pip install wandb`.")
+    wandb_project: str | None = Field(
+        None, description="A Weights & Biases project; null: off. Needs `pip install wandb`."
+    )

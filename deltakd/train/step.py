@@ -41,7 +41,12 @@ class StepRecord:
 
 
 def train_step(
-    engine: Engine, world: World, schedule: Callable[[int], float], batches: Sequence[PackedBatch], scored: Scored, step: int
+    engine: Engine,
+    world: World,
+    schedule: Callable[[int], float],
+    batches: Sequence[PackedBatch],
+    scored: Scored,
+    step: int,
 ) -> StepRecord:
     """Take one optimizer step on this rank's micro-batches; `scored` yields the same ones with their payloads.
 
@@ -50,8 +55,10 @@ def train_step(
     """
     started = time.perf_counter()
     wait_s = 0.0
+    # A batch of which nothing is learnt is a blank one, for a rank that has nothing to do: its token is no data.
+    learnt = [batch for batch in batches if batch.num_supervised]
     num_tokens, num_supervised = world.sum(
-        [float(sum(b.num_tokens for b in batches)), float(sum(b.num_supervised for b in batches))]
+        [float(sum(batch.num_tokens for batch in learnt)), float(sum(batch.num_supervised for batch in learnt))]
     )
     if not num_supervised:
         raise RunError(f"step {step}: no supervised token on any rank. Look at the data's format and max_tokens.")

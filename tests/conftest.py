@@ -1,0 +1,120 @@
+"""A small world for tests that run the whole path: rows, a tokenizer, and four models made on the spot.
+
+The teacher's head has more rows than the student's, as Qwen2.5's 7B and 1.5B have. Nothing is trained: what the tests
+compare are two ways to the same numbers.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from deltakd.data.settings import TokenizerSettings
+from deltakd.data.tokenizer import train_tokenizer
+from deltakd.models.new import write_new_model
+from deltakd.models.settings import NewModelSettings
+
+REPOSITORY = Path(__file__).parents[1]
+NAMES = ["anna", "bela", "carl", "dora", "emil", "frida", "gustav", "hanna"]
+THINGS = ["apple", "book", "cat", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]
+
+
+def chat_rows(first: int, count: int) -> list[dict[str, object]]:
+    """Rows of different lengths; every second one has two assistant turns."""
+    rows = []
+    for index in range(first, first + count):
+        name, thing = NAMES[index % len(NAMES)], THINGS[index % len(THINGS)]
+        turns = [("user", f"what has {name} got ?"), ("assistant", f"{name} has a {thing} " * (1 + index % 3) + ".")]
+        if index % 2:
+            turns += [("user", f"number {index} ?"), ("assistant", f"the {thing} .")]
+        rows.append({"messages": [{"role": role, "content": content.strip()} for role, content in turns]})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where the small world lies, and the commands that users type."""
+
+    folder: Path
+    recipe: Path
+
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+    def command(self, *overrides: str, ranks: int | None = None, stage: str | None = None) -> list[str]:
+        """Return the command of a training run: by deepspeed's launcher if `ranks` is given, else one plain process."""
+        start = ["deepspeed", "--num_accelerators", str(ranks)] if ranks else [sys.executable]
+        tail = ["--recipe", str(self.recipe), *(["--stage", stage] if stage else []), *overrides]
+        return [*start, str(REPOSITORY / "launchers" / "train.py"), *tail]
+
+    def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+
+    def train(self, run: str, *overrides: str, ranks: int | None = None) -> list[dict[str, float]]:
+        """Train to the end and return the lines of steps.jsonl."""
+        done = self.run(*self.command(f"run={run}", *overrides, ranks=ranks))
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return self.lines(run, "steps.jsonl")
+
+    def lines(self, run: str, name: str) -> list[dict[str, float]]:
+        return [json.loads(line) for line in (self.folder / "runs" / run / name).read_text().splitlines()]
+
+
+def make_outspoken(folder: Path) -> None:
+    """Scale a new model's weights: as initialised, all models say nearly the same of every token."""
+    weights = load_file(folder / "model.safetensors")
+    scaled = {name: weight * 4 if weight.ndim > 1 else weight for name, weight in weights.items()}
+    save_file(scaled, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
+    folder = tmp_path_factory.mktemp("lab")
+    torch.set_num_threads(1)
+    train = write_rows(folder / "train.jsonl", chat_rows(0, 60))
+    write_rows(folder / "validation.jsonl", chat_rows(100, 10))
+    train_tokenizer(TokenizerSettings(kind="byte_bpe", files=[str(train)], vocab_size=300), folder / "tokenizer")
+    sizes = {"student": (32, 2, 0, None), "teacher": (48, 3, 1, 320), "teacher_raw": (48, 3, 2, 320)}
+    for name, (hidden, layers, seed, head_rows) in sizes.items():
+        settings = NewModelSettings(
+            tokenizer=str(folder / "tokenizer"),
+            hidden_size=hidden,
+            num_layers=layers,
+            num_heads=4,
+            num_kv_heads=2,
+            intermediate_size=2 * hidden,
+            tie_embeddings=name == "student",
+            head_rows=head_rows,
+            seed=seed,
+        )
+        write_new_model(settings, folder / name)
+        make_outspoken(folder / name)
+    recipe = {
+        "root": str(folder / "runs"),
+        "models": {name: {"weights": str(folder / name)} for name in sizes} | {"dtype": "float32"},
+        "data": {
+            "train": {"path": str(train)},
+            "validation": {"path": str(folder / "validation.jsonl")},
+            "max_tokens": 128,
+        },
+        "objective": {"target": {"name": "delta", "alpha": 0.5}},
+        "train": {"steps": 5, "tokens_per_step": 512, "tokens_per_micro_batch": 256, "learning_rate": 1.0e-2},
+        "records": {"tensorboard": False},
+        "evaluation": {"max_new_tokens": 8},
+    }
+    path = folder / "lab.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return Lab(folder, path)

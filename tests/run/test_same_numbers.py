@@ -1,0 +1,91 @@
+"""Two ways to the same numbers, through the launchers that users type, with real processes, sockets and ZeRO-3."""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
+
+
+def curve(steps):
+    return [[step[name] for name in LOSSES] for step in steps]
+
+
+@pytest.fixture(scope="module")
+def delta(lab):
+    return lab.train("delta", ranks=1)
+
+
+@pytest.fixture(scope="module")
+def forward_kl(lab):
+    return lab.train("forward_kl", "objective.target={name: teacher}")
+
+
+def test_the_service_equals_references_in_process_bit_for_bit(lab, delta, forward_kl):
+    in_process = ["references.source=in_process"]
+    assert curve(lab.train("delta_in_process", *in_process)) == curve(delta)
+    assert curve(lab.train("fkl_in_process", *in_process, "objective.target={name: teacher}")) == curve(forward_kl)
+    assert same_weights(lab, "delta", "delta_in_process") and same_weights(lab, "forward_kl", "fkl_in_process")
+    assert not same_weights(lab, "delta", "forward_kl")
+
+
+def test_delta_at_alpha_zero_equals_forward_kl_bit_for_bit(lab, forward_kl):
+    assert curve(lab.train("alpha_zero", "objective.target.alpha=0")) == curve(forward_kl)
+
+
+def test_without_a_shift_delta_at_alpha_one_starts_at_its_target(lab, delta):
+    """teacher = teacher_raw: the target is the raw student, which is where the student starts."""
+    steps = lab.train(
+        "no_shift", "objective.target.alpha=1.0", f"models.teacher.weights={lab.folder}/teacher_raw", "train.steps=2"
+    )
+    # The same payload with weights +1 and -1 cancels to a float32 rounding; that of the raw student is fp16.
+    assert abs(steps[0]["divergence"]) < 1e-5 < 1e-1 < delta[0]["divergence"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("layout,examples", [("padded", 1), ("packed", 4)])
+def test_ranks_micro_batches_and_layout_leave_the_loss_curve_alone(lab, delta, ranks, layout, examples):
+    """2 processes: one student and a teacher rank; 3: two students. Same tokens, other sums: fp32 rounding only."""
+    steps = lab.train(
+        f"ranks{ranks}_{layout}{examples}",
+        f"data.layout={layout}",
+        f"train.examples_per_micro_batch={examples}",
+        ranks=ranks,
+    )
+    assert [step["num_tokens"] for step in steps] == [step["num_tokens"] for step in delta]
+    assert steps[0]["num_micro_batches"] > delta[0]["num_micro_batches"] or examples == 4
+    for mine, theirs in zip(curve(steps), curve(delta), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_zero_3_equals_plain_torch(lab, delta):
+    steps = lab.train("single", "engine={name: single}")
+    for mine, theirs in zip(curve(steps), curve(delta), strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-4)
+
+
+def test_the_run_directory_tells_the_whole_run(lab, delta):
+    run = lab.folder / "runs" / "delta"
+    assert {"recipe.yaml", "run.json", "processes.jsonl", "steps.jsonl", "export", "finished.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert json.loads((run / "run.json").read_text())["seed"] == 17
+    by_role = {line["role"]: line for line in lab.lines("delta", "processes.jsonl")}
+    assert by_role["teacher"]["models"] == ["student_raw", "teacher", "teacher_raw"]
+    assert by_role["student"]["models"] == ["student"] and by_role["student"]["heads"] == by_role["teacher"]["models"]
+    assert by_role["student"]["pid"] != by_role["teacher"]["pid"]
+
+
+def test_the_export_is_a_folder_that_transformers_loads(lab, delta):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = lab.folder / "runs" / "delta" / "export"
+    _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+
+
+def same_weights(lab, one, other) -> bool:
+    first, second = (load_file(lab.folder / "runs" / run / "export" / "model.safetensors") for run in (one, other))
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
