@@ -13,8 +13,12 @@ from pathlib import Path
 
 import psutil
 
-# A process above us belongs to the launch if its command line names one of these.
-LAUNCHER_MARKS = ("deepspeed", "torchrun", "torch.distributed", "deltakd", "launchers/")
+# A process above us belongs to the launch if a word of its command line is one of these programs, scripts or modules. A
+# shell that was given a whole command in one word (`ssh host "nohup ... &"`) is none: it may end before its command.
+LAUNCHERS = frozenset(
+    {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
+    | {"deltakd", "train.py", "teacher.py", "local.sh"}
+)
 PR_SET_PDEATHSIG = 1
 EXIT_ORPHANED = 3
 
@@ -31,8 +35,7 @@ def launching_ancestors() -> list[int]:
             command = ancestor.cmdline()
         except (psutil.AccessDenied, psutil.NoSuchProcess):
             break
-        is_interactive_shell = len(command) == 1
-        if is_interactive_shell or not any(mark in word for word in command for mark in LAUNCHER_MARKS):
+        if not LAUNCHERS & {Path(word).name for word in command}:
             break
         pids.append(ancestor.pid)
     return pids

@@ -24,6 +24,7 @@ import yaml
 from deltakd.base.errors import RunError
 
 FINISHED = "finished.json"
+FREE = frozenset({"pipeline", "evaluation", "records"})  # parts of a recipe that a finished training does not depend on
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
 
 
@@ -95,10 +96,10 @@ class RunDirectory:
         return dict(json.loads(path.read_text())) if path.exists() else None
 
     def changes(self, recipe_text: str) -> list[str]:
-        """List what differs between this directory's recipe and another, as `key: old, now new`."""
+        """List what differs between this directory's recipe and another and matters, as `key: old, now new`."""
         old = _flat(yaml.safe_load((self.path / "recipe.yaml").read_text()))
         new = _flat(yaml.safe_load(recipe_text))
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key)]
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key.split(".")[0] not in FREE]
         return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]
 
 

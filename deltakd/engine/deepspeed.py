@@ -134,7 +134,7 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
         self._engine.step()
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, tokenizer: Any) -> None:
         """Gather one parameter at a time; rank 0 writes."""
         import deepspeed
 
@@ -144,7 +144,7 @@ class DeepSpeedEngine:
                 if self._rank == 0:
                     state[name] = parameter.detach().cpu().clone()
         if self._rank == 0:
-            save_folder(self._module.model, state, folder)
+            save_folder(self._module.model, state, tokenizer, folder)
         torch.distributed.barrier()
 
 

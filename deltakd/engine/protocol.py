@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deltakd.base.rundir import remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
@@ -86,8 +87,8 @@ class Engine(Protocol):
     def update(self, learning_rate: float, grad_norm: float) -> None:
         """Clip to the settings' norm, take one optimizer step at this rate and clear the gradients."""
 
-    def save(self, folder: Path) -> None:
-        """Write the student as a Hugging Face folder, whole; every rank calls, rank 0 writes."""
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        """Write student and tokenizer as a Hugging Face folder, whole or not at all; rank 0 writes, all call."""
 
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -112,13 +113,12 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
     return min(1.0, max_grad_norm / (grad_norm + 1e-6))
 
 
-def save_folder(model: Any, state: dict[str, Tensor] | None, folder: Path) -> None:
-    """Write a model's weights and config beside the folder's name and rename it."""
-    from deltakd.base.rundir import remove
-
+def save_folder(model: Any, state: dict[str, Tensor] | None, tokenizer: Any, folder: Path) -> None:
+    """Write a model and its tokenizer beside the folder's name and rename it."""
     part = folder.with_name(folder.name + ".part")
     remove(part)
     model.save_pretrained(part, state_dict=state)
+    tokenizer.save_pretrained(part)
     remove(folder)
     part.replace(folder)
 

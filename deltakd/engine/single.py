@@ -5,6 +5,7 @@ Hidden matrices may go to Muon, which learns small models from scratch in fewer 
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,5 +71,5 @@ class SingleEngine:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def save(self, folder: Path) -> None:
-        save_folder(self._module.model, None, folder)
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        save_folder(self._module.model, None, tokenizer, folder)

@@ -36,7 +36,7 @@ class Divergence(Settings):
 
 
 class ObjectiveSettings(Settings):
-    """L = sft_weight * cross-entropy + (1 - sft_weight) * divergence(target, student), summed over supervised tokens."""
+    """L = sft_weight * cross-entropy + (1 - sft_weight) * divergence(target, student), per supervised token."""
 
     target: Annotated[TeacherTarget | DeltaTarget, Field(discriminator="name")] = TeacherTarget()
     divergence: Divergence = Divergence()

@@ -7,7 +7,6 @@ stage follows its steps.jsonl. What a stage made is never made again, and a reci
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -98,9 +97,9 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     try:
         _follow(process, directory, stage, recipe.train.steps, console)
     finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+        # Interrupted: the launcher's own ranks end with it (base/processes.py).
+        process.kill()
+        process.wait()
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
     if process.returncode != 0 or directory.finished() is None:
         raise _failure(stage, log, process.returncode)

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from deltakd.train.loop import train
 from deltakd.train.records import Records
 
 SHARED_MEMORY = Path("/dev/shm")
+LEAVE_S = 10.0  # how long a teacher may take to leave after its last student
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,8 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
             last = train(parts, records.write)
         else:
             last = train(parts, lambda record: None)
-        parts.engine.save(run.export)
+        parts.engine.save(run.export, inputs.tokenizer)
         if role.rank == 0:
-            inputs.tokenizer.save_pretrained(run.export)
             run.finish({"steps": last.step, "loss": last.loss, "inputs": _identities(inputs)})
             print(f"{run.path}: finished after {last.step} steps; the model lies in {run.export}", flush=True)
 
@@ -149,12 +149,11 @@ def _start_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int,
 
     try:
         yield TeacherRank(index, str(log), ended)
-    finally:
-        try:
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=LEAVE_S)
+    finally:  # after an error it has no Bye to wait for
+        process.kill()
+        process.wait()
 
 
 @contextmanager

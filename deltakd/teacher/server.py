@@ -70,6 +70,7 @@ class TeacherServer:
         self._device = device
         self._arenas: dict[bytes, Arena] = {}
         self._left: set[int] = set()
+        self._stopped = False
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.linger = 1000
@@ -88,7 +89,7 @@ class TeacherServer:
     def serve(self, num_students: int, on_first: Callable[[], None]) -> None:
         """Answer until `num_students` student ranks have said Bye; `on_first` is called when the first is welcome."""
         self._on_first = on_first
-        while len(self._left) < num_students:
+        while len(self._left) < num_students and not self._stopped:
             if not self._socket.poll(POLL_MS):
                 continue
             parts = self._socket.recv_multipart()
@@ -101,6 +102,10 @@ class TeacherServer:
                 self.counts["refused_malformed"] += 1
                 continue
             self._answer(parts[0], message, received)
+
+    def stop(self) -> None:
+        """Have `serve` return soon, whoever is still there; callable from another thread."""
+        self._stopped = True
 
     def _answer(self, peer: bytes, message: object, received: float) -> None:
         match message:

@@ -1,0 +1,85 @@
+"""Scores: rouge-score's own numbers, intervals that cover, lists that must match."""
+
+import numpy as np
+import pytest
+import torch
+from rouge_score import rouge_scorer
+
+from deltakd.base.errors import DataError
+from deltakd.data.examples import Example
+from deltakd.data.packing import pack
+from deltakd.evaluate.compare import CROSS_ENTROPY, ModelScores, compare, markdown_table
+from deltakd.evaluate.cross_entropy import cross_entropy_rows
+from deltakd.evaluate.scores import ROUGE, paired_difference, rouge_rows
+from deltakd.models.load import load_model
+from deltakd.models.settings import ModelsSettings, WeightsSettings
+
+PREDICTIONS = ["the cat sat on the mat", "", "running dogs ran"]
+REFERENCES = ["the cats sat on a mat", "something", "the dog runs"]
+
+
+def test_rouge_is_rouge_score_called_by_hand_with_its_stemmer():
+    rows = rouge_rows(PREDICTIONS, REFERENCES)
+    scorer = rouge_scorer.RougeScorer(list(ROUGE), use_stemmer=True)
+    for index, (prediction, reference) in enumerate(zip(PREDICTIONS, REFERENCES, strict=True)):
+        by_hand = scorer.score(reference, prediction)
+        assert [rows[name][index] for name in ROUGE] == [by_hand[name].fmeasure for name in ROUGE]
+    assert rows["rouge1"][1] == 0 < rows["rouge1"][2]
+
+
+@pytest.mark.parametrize("predictions,references", [(["a"], ["a", "b"]), ([], [])])
+def test_lists_that_do_not_match_are_refused(predictions, references):
+    with pytest.raises(DataError, match=f"{len(predictions)} predictions for {len(references)} references"):
+        rouge_rows(predictions, references)
+
+
+def test_a_paired_interval_covers_the_true_difference_in_about_95_of_100_worlds():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for world in range(200):
+        prompts = rng.normal(size=80)  # shared difficulty: unpaired intervals would be far wider
+        one, other = prompts + 0.3 + 0.1 * rng.normal(size=80), prompts + 0.1 * rng.normal(size=80)
+        interval = paired_difference(list(one), list(other), 400, seed=world)
+        assert interval.high - interval.low < 0.1
+        covered += interval.low <= 0.3 <= interval.high
+    assert 180 <= covered <= 198  # 190 expected, standard deviation 3
+
+
+def test_rows_of_other_prompts_are_refused():
+    with pytest.raises(DataError, match="3 rows against 2"):
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0], 10, 0)
+
+
+def scores(label: str, rouge: float, cross_entropy: float) -> ModelScores:
+    rng = np.random.default_rng(0)
+    rows = {name: list(rouge + 0.01 * rng.normal(size=30)) for name in ROUGE}
+    rows[CROSS_ENTROPY] = list(cross_entropy + 0.01 * rng.normal(size=30))
+    return ModelScores(label, "folder", "id", rows, cross_entropy, {"raw": 1.0}, 0)
+
+
+def test_a_teacher_that_is_not_clearly_better_is_warned_about():
+    better = compare([scores("sft", 0.5, 1.0), scores("teacher", 0.7, 0.5)], "sft", "teacher", 200, 0)
+    assert better.warnings == []
+    worse = compare([scores("sft", 0.5, 1.0), scores("teacher", 0.7, 1.0)], "sft", "teacher", 200, 0)
+    assert len(worse.warnings) == 1 and "teacher is not clearly better than sft" in worse.warnings[0]
+
+
+def test_the_table_has_a_row_a_model_and_differences_to_the_baseline():
+    table = markdown_table(compare([scores("sft", 0.5, 1.0), scores("delta", 0.7, 0.5)], "sft", None, 200, 0))
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert len(rows) == 3
+    assert rows[1] == "| sft | 49.9 | 50.3 | 50.2 | 1.000 | 1.000 |"
+    assert rows[2].count("(+20.0 [+20.0, +20.0])") == 3 and "0.500 (-0.500 [-0.500, -0.500])" in rows[2]
+
+
+def test_cross_entropy_of_each_row_is_torch_s_own(lab):
+    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
+    model = load_model("teacher", lab.folder / "teacher", settings)
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, 300, (n,), generator=generator) for n in (7, 12, 5)]
+    batch = pack([Example(d.int().numpy(), (torch.arange(len(d)) >= 3).numpy()) for d in documents])
+    for (total, count), tokens in zip(cross_entropy_rows(model, [batch], 300), documents, strict=True):
+        logits = model(input_ids=tokens[None]).logits[0, 2:-1, :300]
+        expected = torch.nn.functional.cross_entropy(logits, tokens[3:], reduction="sum")
+        assert count == len(tokens) - 3
+        assert total == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,108 @@
+"""However a run ends, nothing of it stays: no process, no file in shared memory, no half-written export."""
+
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+DEADLINE_S = 60  # far beyond the 10 s that users are told, since the machine of a test may be busy
+SHARED = Path("/dev/shm")
+
+
+def wait_until(condition, what: str) -> None:
+    end = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.05)
+
+
+def leftovers(started: float) -> list[Path]:
+    return [path for path in SHARED.iterdir() if path.stat().st_ctime >= started]
+
+
+class Running:
+    """A long run in the background with everything that belongs to it."""
+
+    def __init__(self, lab, name: str, ranks: int | None) -> None:
+        self.started = time.time()
+        self.directory = lab.folder / "runs" / name
+        self.log = lab.folder / f"{name}.log"
+        command = lab.command(f"run={name}", "train.steps=100000", ranks=ranks)
+        with self.log.open("wb") as output:
+            self.launcher = subprocess.Popen(
+                command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+        steps = self.directory / "steps.jsonl"
+        wait_until(
+            lambda: (steps.exists() and steps.stat().st_size) or self.launcher.poll() is not None, "a first step"
+        )
+        assert self.launcher.poll() is None, self.log.read_text()[-3000:]
+        self.processes = [
+            psutil.Process(self.launcher.pid),
+            *psutil.Process(self.launcher.pid).children(recursive=True),
+        ]
+        self.by_role = {(line["role"], line["rank"]): line["pid"] for line in lab.lines(f"{name}", "processes.jsonl")}
+
+    def ends_clean(self) -> None:
+        _, alive = psutil.wait_procs(self.processes, timeout=DEADLINE_S)
+        assert not alive
+        wait_until(lambda: not leftovers(self.started), "an empty /dev/shm")
+        assert not (self.directory / "export").exists() and not (self.directory / "finished.json").exists()
+
+
+@pytest.mark.parametrize(
+    "ranks,victim",
+    [
+        (1, "launcher"),
+        (1, "launch.py"),
+        (1, "student"),
+        (1, "teacher"),
+        (3, "student"),
+        (3, "teacher"),
+        (None, "student"),
+    ],
+)
+def test_killing_any_process_ends_all(lab, ranks, victim):
+    running = Running(lab, f"killed_{ranks}_{victim.replace('.', '_')}", ranks)
+    try:
+        pid = {
+            "launcher": running.launcher.pid,
+            "launch.py": next((p.pid for p in running.processes if "deepspeed.launcher.launch" in p.cmdline()), None),
+            "student": running.by_role["student", 0],
+            "teacher": running.by_role["teacher", 0],
+        }[victim]
+        psutil.Process(pid).kill()
+        running.ends_clean()
+        if victim == "teacher" and ranks == 1:
+            assert running.launcher.wait() == 2
+            said = [line for line in running.log.read_text().splitlines() if line.startswith("deltakd: ")]
+            assert len(said) == 1 and "teacher 0" in said[0] and "Look at its log" in said[0]
+    finally:
+        for process in running.processes:
+            if process.is_running():
+                process.kill()
+
+
+def test_a_run_directory_in_use_is_refused_and_the_live_run_goes_on(lab):
+    running = Running(lab, "in_use", None)
+    try:
+        second = lab.run(*lab.command("run=in_use", "train.steps=100000"))
+        assert second.returncode == 2
+        assert "in use by a live run (pid" in second.stderr and second.stderr.count("\n") == 1
+        assert running.launcher.poll() is None
+    finally:
+        running.launcher.kill()
+    running.ends_clean()
+
+
+def test_a_finished_run_is_not_made_again(lab):
+    steps = lab.train("twice", "train.steps=1")
+    before = (lab.folder / "runs" / "twice" / "steps.jsonl").stat().st_mtime_ns
+    again = lab.run(*lab.command("run=twice", "train.steps=1"))
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+    assert (lab.folder / "runs" / "twice" / "steps.jsonl").stat().st_mtime_ns == before
+    other = lab.run(*lab.command("run=twice", "train.steps=2"))
+    assert other.returncode == 2 and "train.steps: 1, now 2" in other.stderr
+    assert len(steps) == 1
