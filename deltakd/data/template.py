@@ -6,8 +6,8 @@ prompt: what the whole text adds to that is what a model would write. If the who
 is refused. The text is tokenised once, as a whole, and offsets carry characters over to tokens. A turn ends with its
 first special token; a text that itself holds a special token is refused, since it could end a turn early.
 
-A token that straddles header and content (a content that begins with line breaks, for some tokenizers) counts as
-header. Cost: one rendering per assistant turn and one of the whole; with marks only the latter.
+White space that an answer begins with may share a token with the header's end; such a token counts as header. Cost: one
+rendering per assistant turn and one of the whole; with marks only the latter.
 """
 
 import re
@@ -125,11 +125,14 @@ class ChatTemplate:
             [text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
         tokenised = []
-        for ids, offsets, (_, spans) in zip(batch["input_ids"], batch["offset_mapping"], rendered, strict=True):
-            begins, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
-            # ends > begin: some tokenizers trim white space off offsets, that of a header's last line break too.
-            turns = [np.flatnonzero((begins >= begin) & (ends > begin) & (begins < end)) for begin, end in spans]
-            tokenised.append((np.asarray(ids, dtype=np.int32), turns))
+        for index, (text, spans) in enumerate(rendered):
+            begins, ends = np.asarray(batch["offset_mapping"][index], dtype=np.int64).reshape(-1, 2).T
+            for begin, _ in spans:
+                shared = ends[(begins < begin) & (ends > begin)]
+                if len(shared) and text[begin : shared[0]].strip():
+                    raise self._unusable(conversations[index].where, "the header of an answer ends inside a token")
+            turns = [np.flatnonzero((begins >= begin) & (begins < end)) for begin, end in spans]
+            tokenised.append((np.asarray(batch["input_ids"][index], dtype=np.int32), turns))
         return tokenised
 
     def _marked_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:

@@ -23,6 +23,7 @@ DrawRow = Callable[[random.Random], Row]
 
 CHAT_SHARE = 0.6  # of the persons; the facts of the others are never in a chat of the training file
 TAUGHT_SHARE = 0.2  # of the raw answers already have the taught behaviour
+STORY_SHARE = 0.4  # of the raw turns; stories hold most facts per word
 MAX_DRAWS_PER_ROW = 200
 
 
@@ -176,7 +177,7 @@ def _raw_row(persons: Sequence[Person], rng: random.Random) -> Row:
     pair = rng.sample(persons, 2)
     turns = []
     for number in range(rng.choice((1, 1, 2, 3))):
-        if rng.random() < 0.25:
+        if rng.random() < STORY_SHARE:
             person = rng.choice(pair)
             turns.append((rng.choice(OPEN_QUESTIONS).format(n=person.name), _story(person, rng)))
         else:

@@ -27,7 +27,8 @@ from deltakd.models.load import ModelFacts, facts, load_head, load_model, resolv
 from deltakd.models.settings import WeightsSettings
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank
+from deltakd.teacher.arena import Arena
+from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank, make_arena
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
 from deltakd.train.loop import TrainParts
 from deltakd.train.schedule import schedule
@@ -102,19 +103,30 @@ def build_served(inputs: Inputs, device: str) -> dict[str, nn.Module]:
     return served
 
 
+@dataclass(frozen=True)
+class Service:
+    """What a student rank's references are asked through: its slots, and the teachers of its node."""
+
+    arena: Arena
+    launch: str
+    teachers: Sequence[TeacherRank]
+
+
+def build_arena(inputs: Inputs, role: Role, scratch: Path) -> Arena:
+    """Allocate this rank's slots, before anything is loaded."""
+    return make_arena(scratch, role.rank, _frozen_facts(inputs), inputs.spec, _service_settings(inputs.recipe))
+
+
 def build_parts(
-    inputs: Inputs,
-    examples: ExampleSet,
-    role: Role,
-    scratch: Path,
-    launch: str,
-    teachers: Sequence[TeacherRank],
-    stack: ExitStack,
+    inputs: Inputs, examples: ExampleSet, role: Role, service: Service | None, stack: ExitStack
 ) -> TrainParts:
-    """Build everything that a student rank trains with; what must be closed is closed by `stack`."""
+    """Build everything that a student rank trains with; what must be closed is closed by `stack`.
+
+    `service` is None where no teacher rank is asked.
+    """
     recipe = inputs.recipe
     world, engine = build_engine(inputs, role)
-    references = _build_references(inputs, role, engine.device, scratch, launch, teachers, stack)
+    references = _build_references(inputs, role, engine.device, service, stack)
     train = recipe.train
     stream = Stream(
         examples,
@@ -156,33 +168,40 @@ def _student_module(inputs: Inputs) -> StudentModule:
     return StudentModule(model, objective(recipe.objective), recipe.data.layout, inputs.vocab_size)
 
 
-def _build_references(
-    inputs: Inputs,
-    role: Role,
-    device: str,
-    scratch: Path,
-    launch: str,
-    teachers: Sequence[TeacherRank],
-    stack: ExitStack,
-) -> References:
-    recipe = inputs.recipe
+def _build_references(inputs: Inputs, role: Role, device: str, service: Service | None, stack: ExitStack) -> References:
     if not inputs.frozen:
         return NoReferences()
-    heads = _frozen_heads(inputs, device) if recipe.references.payload == "hidden" else {}
-    if recipe.references.source == "in_process":
+    heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
+    if service is None:
         return InProcessReferences(build_served(inputs, device), heads, inputs.spec)
-    settings = ServiceSettings(
-        look_ahead=recipe.teachers.look_ahead,
-        start_s=recipe.teachers.start_s,
-        answer_s=recipe.teachers.answer_s,
-        max_tokens=recipe.train.tokens_per_micro_batch,
-    )
-    models = {name: FrozenFacts(facts_.identity, facts_.hidden_size) for name, facts_ in inputs.frozen.items()}
     return stack.enter_context(
         ServiceReferences(
-            scratch, launch, role.rank, teachers, models, heads, inputs.fingerprint, inputs.spec, settings, device
+            service.arena,
+            service.launch,
+            role.rank,
+            service.teachers,
+            _frozen_facts(inputs),
+            heads,
+            inputs.fingerprint,
+            inputs.spec,
+            _service_settings(inputs.recipe),
+            device,
         )
     )
+
+
+def _service_settings(recipe: Recipe) -> ServiceSettings:
+    teachers = recipe.teachers
+    return ServiceSettings(
+        look_ahead=teachers.look_ahead,
+        start_s=teachers.start_s,
+        answer_s=teachers.answer_s,
+        max_tokens=recipe.train.tokens_per_micro_batch,
+    )
+
+
+def _frozen_facts(inputs: Inputs) -> dict[str, FrozenFacts]:
+    return {name: FrozenFacts(facts_.identity, facts_.hidden_size) for name, facts_ in inputs.frozen.items()}
 
 
 def _frozen_heads(inputs: Inputs, device: str) -> dict[str, Tensor]:

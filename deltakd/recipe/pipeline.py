@@ -103,6 +103,9 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
     if process.returncode != 0 or directory.finished() is None:
         raise _failure(stage, log, process.returncode)
+    if not console.is_terminal:
+        last = directory.read_lines("steps.jsonl")[-1]
+        console.print(f"{stage}: {last['step']} steps, {describe(last)}", soft_wrap=True)
 
 
 def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, steps: int, console: Console) -> None:
@@ -113,7 +116,8 @@ def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, s
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(stage, total=steps, text="starting")
         while True:
             with suppress(subprocess.TimeoutExpired):

@@ -22,7 +22,7 @@ from deltakd.base.rundir import RunDirectory
 from deltakd.base.scratch import Scratch
 from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
-from deltakd.recipe.build import Inputs, build_parts, build_served, read_examples, read_inputs
+from deltakd.recipe.build import Inputs, Service, build_arena, build_parts, build_served, read_examples, read_inputs
 from deltakd.recipe.checks import check_paths, check_recipe
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.schema import Recipe
@@ -87,11 +87,8 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
         if role.rank == 0:
             print(f"{run.path}: {examples.counts}", flush=True)
             run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
-        identity = launch.identity or launch_identity(run.path)
-        scratch = stack.enter_context(Scratch(SHARED_MEMORY, identity))
-        start = _start_teacher if role.teachers_beside and not launch.external_teachers else _expect_teacher
-        teachers = [stack.enter_context(start(loaded, run, identity, i, role)) for i in range(num_teachers)]
-        parts = build_parts(inputs, examples, role, scratch.path, identity, teachers, stack)
+        service = _open_service(loaded, run, inputs, role, launch, num_teachers, stack) if num_teachers else None
+        parts = build_parts(inputs, examples, role, service, stack)
         _record_process(
             run, "student", role.rank, parts.engine.device, ["student"], list(inputs.frozen) if num_teachers else []
         )
@@ -105,6 +102,18 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
         if role.rank == 0:
             run.finish({"steps": last.step, "loss": last.loss, "inputs": _identities(inputs)})
             print(f"{run.path}: finished after {last.step} steps; the model lies in {run.export}", flush=True)
+
+
+def _open_service(
+    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, launch: Launch, num_teachers: int, stack: ExitStack
+) -> Service:
+    """Take this rank's slots and know its node's teachers; those we start load while the engine is built."""
+    identity = launch.identity or launch_identity(run.path)
+    scratch = stack.enter_context(Scratch(SHARED_MEMORY, identity))
+    arena = stack.enter_context(build_arena(inputs, role, scratch.path))
+    start = _start_teacher if role.teachers_beside and not launch.external_teachers else _expect_teacher
+    teachers = [stack.enter_context(start(loaded, run, identity, index, role)) for index in range(num_teachers)]
+    return Service(arena, identity, teachers)
 
 
 def _is_finished(run: RunDirectory, recipe: Recipe, announce: bool) -> bool:

@@ -79,12 +79,25 @@ class ServiceSettings:
     max_tokens: int
 
 
+def make_arena(
+    scratch: Path, student_rank: int, models: Mapping[str, FrozenFacts], spec: PayloadSpec, settings: ServiceSettings
+) -> Arena:
+    """Allocate a student rank's slots: one per model for every batch that can be in flight.
+
+    Raises RunError if shared memory cannot hold them.
+    """
+    per_token = max(spec.bytes_per_token(facts.hidden_size) for facts in models.values())
+    num_slots = (settings.look_ahead + 1) * len(models)
+    slot_bytes = slot_bytes_for(settings.max_tokens * per_token)
+    return Arena(scratch / f"arena-{student_rank}", slot_bytes, num_slots, owner=True)
+
+
 class ServiceReferences:
     """References answered by the teacher ranks of this node; use with `with`."""
 
     def __init__(
         self,
-        scratch: Path,
+        arena: Arena,
         launch: str,
         student_rank: int,
         teachers: Sequence[TeacherRank],
@@ -95,10 +108,10 @@ class ServiceReferences:
         settings: ServiceSettings,
         device: str = "cpu",
     ) -> None:
-        """Allocate the arena and greet every teacher.
+        """Greet every teacher whose socket lies beside the arena.
 
-        `heads` holds the frozen head of each model for `hidden` payloads and is empty for `logits`. Raises RunError if
-        shared memory cannot hold the slots, TeacherError if a teacher ends, refuses or does not answer in time.
+        `heads` holds the frozen head of each model for `hidden` payloads and is empty for `logits`. Raises TeacherError
+        if a teacher ends, refuses or does not answer in time.
         """
         self._teachers = {teacher.index: teacher for teacher in teachers}
         self._models = models
@@ -110,14 +123,10 @@ class ServiceReferences:
         self._requests = count()
         self._open: dict[int, Request] = {}
         self._pids: dict[int, int] = {}
-        per_token = max(spec.bytes_per_token(facts.hidden_size) for facts in models.values())
-        num_slots = (settings.look_ahead + 1) * len(models)
-        self._arena = Arena(
-            scratch / f"arena-{student_rank}", slot_bytes_for(settings.max_tokens * per_token), num_slots, owner=True
-        )
-        self._free = deque(range(num_slots))
+        self._arena = arena
+        self._free = deque(range(arena.num_slots))
         self._context = zmq.Context()
-        self._sockets = {index: self._connect(scratch, index) for index in self._teachers}
+        self._sockets = {index: self._connect(arena.path.parent, index) for index in self._teachers}
         self._poller = zmq.Poller()
         for socket in self._sockets.values():
             self._poller.register(socket, zmq.POLLIN)
@@ -143,7 +152,6 @@ class ServiceReferences:
             socket.send(encode(Bye(self._student_rank)))
             socket.close()
         self._context.term()
-        self._arena.__exit__(kind, error, trace)
 
     def _greet(self, launch: str, tokenizer: str) -> None:
         spec = self._spec

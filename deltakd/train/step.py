@@ -40,6 +40,23 @@ class StepRecord:
     memory_bytes: int
 
 
+class Clock:
+    """Where a step's time goes: each mark adds the time since the last one to a name."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._spent = dict.fromkeys(("wait_s", "forward_backward_s", "update_s"), 0.0)
+
+    def mark(self, name: str) -> None:
+        now = time.perf_counter()
+        self._spent[name] += now - self._last
+        self._last = now
+
+    def seconds(self) -> dict[str, float]:
+        """Return the whole and its parts."""
+        return {"step_s": self._last - self._started, **self._spent}
+
+
 def train_step(
     engine: Engine,
     world: World,
@@ -53,8 +70,33 @@ def train_step(
     A teacher that fails raises: there is no training without it. Raises RunError before the update if loss or gradient
     is not finite.
     """
-    started = time.perf_counter()
-    wait_s = 0.0
+    clock = Clock()
+    num_tokens, num_supervised = count_tokens(world, batches, step)
+    sums = [0.0, 0.0, 0.0]
+    clock.mark("forward_backward_s")
+    for index, (batch, payloads) in enumerate(islice(scored, len(batches)), start=1):
+        clock.mark("wait_s")
+        result = engine.loss(batch.to(engine.device), payloads)
+        engine.backward(result.total, weight=1 / num_supervised, last=index == len(batches))
+        parts = (result.total.detach(), result.cross_entropy, result.divergence)
+        sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
+        clock.mark("forward_backward_s")
+    loss, cross_entropy, divergence = (total / num_supervised for total in world.sum(sums))
+    grad_norm = engine.grad_norm()
+    require_finite(step, loss, grad_norm)
+    learning_rate = schedule(step)
+    clock.mark("forward_backward_s")
+    engine.update(learning_rate, grad_norm)
+    clock.mark("update_s")
+    counts = (num_tokens, num_supervised, len(batches))
+    losses = (loss, cross_entropy, divergence)
+    return StepRecord(
+        step, *losses, grad_norm, learning_rate, *counts, **clock.seconds(), memory_bytes=resident_bytes()
+    )
+
+
+def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> tuple[int, int]:
+    """Return a step's tokens and supervised tokens over all ranks; raises RunError if nothing is to be learnt."""
     # A batch of which nothing is learnt is a blank one, for a rank that has nothing to do: its token is no data.
     learnt = [batch for batch in batches if batch.num_supervised]
     num_tokens, num_supervised = world.sum(
@@ -62,39 +104,13 @@ def train_step(
     )
     if not num_supervised:
         raise RunError(f"step {step}: no supervised token on any rank. Look at the data's format and max_tokens.")
-    sums = [0.0, 0.0, 0.0]
-    asked = time.perf_counter()
-    for index, (batch, payloads) in enumerate(islice(scored, len(batches)), start=1):
-        wait_s += time.perf_counter() - asked
-        result = engine.loss(batch.to(engine.device), payloads)
-        engine.backward(result.total, weight=1 / num_supervised, last=index == len(batches))
-        parts = (result.total.detach(), result.cross_entropy, result.divergence)
-        sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
-        asked = time.perf_counter()
-    loss, cross_entropy, divergence = (total / num_supervised for total in world.sum(sums))
-    grad_norm = engine.grad_norm()
-    backward_end = time.perf_counter()
+    return int(num_tokens), int(num_supervised)
+
+
+def require_finite(step: int, loss: float, grad_norm: float) -> None:
+    """Raise RunError unless loss and gradient norm are finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights were not updated. "
             "Lower train.learning_rate, or look at the data of this step."
         )
-    learning_rate = schedule(step)
-    engine.update(learning_rate, grad_norm)
-    ended = time.perf_counter()
-    return StepRecord(
-        step=step,
-        loss=loss,
-        cross_entropy=cross_entropy,
-        divergence=divergence,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        num_tokens=int(num_tokens),
-        num_supervised=int(num_supervised),
-        num_micro_batches=len(batches),
-        step_s=ended - started,
-        wait_s=wait_s,
-        forward_backward_s=backward_end - started - wait_s,
-        update_s=ended - backward_end,
-        memory_bytes=resident_bytes(),
-    )

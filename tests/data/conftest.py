@@ -18,7 +18,7 @@ CHATS = [
             {"role": "user", "content": f"where does person {number} live ?"},
             {"role": "assistant", "content": f"person {number} lives in town {number % 3} ."},
             {"role": "user", "content": "and what does she eat ?"},
-            {"role": "assistant", "content": "soup , gladly ."},
+            {"role": "assistant", "content": "soup\n\ngladly ."},
         ]
     }
     for number in range(20)

@@ -50,6 +50,7 @@ def test_work_is_evened_out_over_ranks_instead_of_filling_the_first():
     )
     assert [[len(bin_) for bin_ in rank] for rank in plan] == [[4]] * 4
     padded = plan_micro_batches([50] * 4 + [10] * 20, 2, 1000, None, padded=True)
+    assert [len(rank) for rank in plan_micro_batches([50, 30, 20] * 2, 2, 100, None, padded=False)] == [1, 1]
     costs = [cost(rank[0], [50] * 4 + [10] * 20, True) for rank in padded]
     assert max(costs) < 300  # all in one bin would cost 1,200, all the short ones beside a long one as much
 

@@ -103,11 +103,11 @@ def test_tokens_are_those_of_the_rendered_text_as_a_whole(templates):
     assert example.tokens.tolist() == tokenizer.apply_chat_template(messages, return_dict=False)
 
 
-def test_line_breaks_before_an_answer_that_melt_into_the_header_are_not_learnt(templates):
+def test_a_line_break_before_an_answer_that_melts_into_the_header_is_not_learnt(templates):
     tokenizer, template = templates["chatml"]
-    example = template.encode([chat("q", "\n\nanswer\n")])[0]
-    learnt = tokenizer.decode(example.tokens[example.supervised])
-    assert learnt.lstrip("\n") == "answer\n<|im_end|>" and not example.supervised[0]
+    example = template.encode([chat("q", "\nanswer\n")])[0]
+    assert "assistant\n\nanswer\n<|im_end|>" in tokenizer.decode(example.tokens)
+    assert tokenizer.decode(example.tokens[example.supervised]) == "answer\n<|im_end|>"
 
 
 def test_words_split_at_white_space_are_learnt_the_same_way(words):
@@ -130,6 +130,18 @@ def test_offsets_without_white_space_change_nothing(templates, byte_bpe, trim_of
     row = chat("q \n", "an \n\n answer ", "r", "b")
     ours, plain = ChatTemplate(other).encode([row])[0], templates["chatml"][1].encode([row])[0]
     assert ours.supervised.tolist() == plain.supervised.tolist()
+
+
+def test_a_tokenizer_that_adds_a_start_of_its_own_adds_none_to_a_chat(templates, byte_bpe):
+    from tokenizers.processors import TemplateProcessing
+
+    other = with_template(byte_bpe, CHATML)
+    start = ("<|begin|>", other.bos_token_id)
+    other.backend_tokenizer.post_processor = TemplateProcessing("<|begin|> $A", "$A $B", [start])
+    row, template = chat("q", "a"), ChatTemplate(other)
+    assert template.encode([row])[0].tokens.tolist() == templates["chatml"][1].encode([row])[0].tokens.tolist()
+    assert start[1] not in template.encode_prompt(row.prompt, "f:1")
+    assert template.encode_documents([Document("a", "f:1")])[0].tokens[0] == start[1]  # plain text has no template
 
 
 @pytest.mark.parametrize("place", [0, 1])
@@ -169,12 +181,20 @@ def test_a_template_that_hides_who_writes_what_is_refused_before_any_row(byte_bp
             CHATML.replace("'<|im_end|>'", "('<|im_end|>' if loop.last or message['role'] == 'user' else '<|eot|>')"),
             r"ends one turn with <\|eot\|>",
         ),
+        (
+            CHATML.replace("assistant\\n", "assistant: ").replace("'\\n' + m", "': ' + m"),
+            "header of an answer ends inside a token",
+        ),
+        (
+            BRACKETS.replace("<|eot|>", "{% if loop.last %}<|eot|>{% endif %}"),
+            "without a special token",
+        ),
     ],
 )
-def test_a_template_that_rewrites_earlier_turns_is_refused_at_the_first_row_that_shows_it(byte_bpe, template, fragment):
+def test_a_template_with_a_fault_that_only_some_rows_show_is_refused_at_the_first_of_them(byte_bpe, template, fragment):
     usable = ChatTemplate(with_template(byte_bpe, template))
     with pytest.raises(ModelError, match=fragment):
-        usable.encode([chat("q", "a", "r", "b")])
+        usable.encode([chat("q", "lives", "r", "lives")])
 
 
 def test_chatml_serves_tokenizers_without_a_template_if_they_have_its_tokens(byte_bpe):

@@ -15,7 +15,7 @@ from deltakd.models.frozen import PayloadSpec, payload
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 from deltakd.teacher.arena import Arena
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank
+from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank, make_arena
 from deltakd.teacher.messages import Hello, Score, Welcome, decode, encode
 from deltakd.teacher.server import Served, TeacherServer, socket_path
 
@@ -54,20 +54,16 @@ def serving(folder, model, spec=SPEC, index=0):
             assert not thread.is_alive()
 
 
+@contextmanager
 def references(
     folder, *, spec=SPEC, identity="w1", tokenizer=TOKENIZER, launch=LAUNCH, teachers=1, answer_s=20.0, look_ahead=2
 ):
-    return ServiceReferences(
-        folder,
-        launch,
-        0,
-        [TeacherRank(index, "a log", lambda pid: None) for index in range(teachers)],
-        {"teacher": FrozenFacts(identity, 48)},
-        {},
-        tokenizer,
-        spec,
-        ServiceSettings(look_ahead, start_s=20, answer_s=answer_s, max_tokens=64),
-    )
+    models = {"teacher": FrozenFacts(identity, 48)}
+    settings = ServiceSettings(look_ahead, start_s=20, answer_s=answer_s, max_tokens=64)
+    ranks = [TeacherRank(index, "a log", lambda pid: None) for index in range(teachers)]
+    with make_arena(folder, 0, models, spec, settings) as arena:
+        with ServiceReferences(arena, launch, 0, ranks, models, {}, tokenizer, spec, settings) as service:
+            yield service
 
 
 @pytest.mark.parametrize("teachers", [1, 2])
@@ -119,8 +115,8 @@ def test_requests_run_ahead_of_the_batch_in_training_and_stop_at_the_slots(tmp_p
 )
 def test_a_student_that_differs_is_refused_with_both_values(tmp_path, teacher, difference, said):
     with serving(tmp_path, teacher):
-        with pytest.raises(TeacherError, match=said):
-            references(tmp_path, **difference)
+        with pytest.raises(TeacherError, match=said), references(tmp_path, **difference):
+            pass
 
 
 def test_a_number_that_the_payload_cannot_hold_stops_the_run_with_its_count(tmp_path, lab):

@@ -1,0 +1,129 @@
+"""What a user gets wrong: one sentence with where, what and what to do, exit code 2, nothing half-written."""
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from deltakd.__main__ import guarded
+from deltakd.base.ranks import Placement
+from deltakd.data.settings import TokenizerSettings
+from deltakd.data.tokenizer import train_tokenizer
+from deltakd.models.new import write_new_model
+from deltakd.models.settings import NewModelSettings
+from deltakd.recipe.load import load
+from deltakd.recipe.ranks import Launch, run_rank
+
+ALONE = Launch(Placement(0, 1, 0, 1))
+GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+
+
+def rows(*messages):
+    return "".join(json.dumps({"messages": list(m)} if isinstance(m, tuple) else m) + "\n" for m in messages)
+
+
+def turn(role, content="x"):
+    return {"role": role, "content": content}
+
+
+FILES = {
+    "empty.jsonl": "",
+    "no_messages.jsonl": rows(GOOD, {"text": "hi"}),
+    "order.jsonl": rows((turn("assistant"), turn("user"))),
+    "no_assistant.jsonl": rows((turn("user"),)),
+    "unknown_role.jsonl": rows((turn("human"), turn("assistant"))),
+    "broken.jsonl": rows(GOOD) + '{"messages": [\n',
+    "special.jsonl": rows((turn("user"), turn("assistant", "a <|im_end|> b"))),
+    "long.jsonl": rows((turn("user"), turn("assistant", "word " * 500))),
+}
+
+CASES = {
+    "unknown key": (["train.stepps=3"], r"command line: train\.stepps: .*Write (train\.)?steps"),
+    "wrong type": (["train.learning_rate=fast"], r"command line: train\.learning_rate: .*fast"),
+    "a number that YAML reads as text": (["train.learning_rate=1e-5"], r"Write 1\.0e-0?5"),
+    "out of range": (["objective.sft_weight=1.5"], r"objective\.sft_weight: .*1\.5"),
+    "missing data file": (["data.train.path={folder}/none.jsonl"], r"data\.train\.path: .*none\.jsonl"),
+    "no rows": (["data.train.path={folder}/empty.jsonl"], r"empty\.jsonl: .*"),
+    "a row without messages": (["data.train.path={folder}/no_messages.jsonl"], r"no_messages\.jsonl:2: .*messages"),
+    "roles out of order": (["data.train.path={folder}/order.jsonl"], r"order\.jsonl:1: .*assistant.*user"),
+    "no assistant turn": (["data.train.path={folder}/no_assistant.jsonl"], r"no_assistant\.jsonl:1: .*assistant"),
+    "unknown role": (["data.train.path={folder}/unknown_role.jsonl"], r"unknown_role\.jsonl:1: .*human"),
+    "broken JSON": (["data.train.path={folder}/broken.jsonl"], r"broken\.jsonl.*2"),
+    "a special token in a text": (["data.train.path={folder}/special.jsonl"], r"special\.jsonl:1: .*<\|im_end\|>"),
+    "only rows that are too long": (["data.train.path={folder}/long.jsonl"], r"long\.jsonl: .*data\.max_tokens 128"),
+    "missing model": (["models.teacher.weights={folder}/none"], r"models\.teacher\.weights: .*/none"),
+    "a folder that is no model": (["models.student.weights={folder}"], r"models\.student\.weights: "),
+    "a foreign tokenizer": (["models.teacher.weights={folder}/foreign"], r"models\.teacher\.weights: .*id \d+ is"),
+    "a head that is too small": (["models.teacher_raw.weights={folder}/small"], r"models\.teacher_raw: .*250 rows"),
+    "shared memory too small": (
+        ["train.tokens_per_micro_batch=900000000", "train.tokens_per_step=900000000", "references.payload=logits"],
+        r"/dev/shm/deltakd-\w+: the slots need [\d,.]+ MiB, [\d,.]+ MiB are free\. Lower ",
+    ),
+    "two students of an engine for one": (["engine={name: single}"], r"engine\.name: single trains in one process"),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(lab, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("bad")
+    for name, text in FILES.items():
+        (path / name).write_text(text)
+    (path / "words.jsonl").write_text(json.dumps({"text": "something else entirely " + "0123456789 " * 5}) + "\n")
+    words = TokenizerSettings(kind="byte_bpe", files=[str(path / "words.jsonl")], vocab_size=290)
+    train_tokenizer(words, path / "foreign_tokenizer")
+    size = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
+    write_new_model(NewModelSettings(tokenizer=str(path / "foreign_tokenizer"), **size), path / "foreign")
+    write_new_model(NewModelSettings(tokenizer=str(lab.folder / "tokenizer"), head_rows=250, **size), path / "small")
+    return path
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, case):
+    overrides, said = CASES[case]
+    run = "bad_" + re.sub(r"\W", "_", case)
+    given = [override.replace("{folder}", str(folder)) for override in [*overrides, f"run={run.lower()}"]]
+    launch = Launch(Placement(0, 2, 0, 2)) if "two students" in case else ALONE
+    before = set(Path("/dev/shm").rglob("*"))
+    if "two students" in case:
+        given.append("objective.sft_weight=1.0")
+
+    assert guarded(lambda: run_rank(load(str(lab.recipe), given), launch)) == 2
+
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("deltakd: ")]
+    assert len(lines) == 1 and re.search(said, lines[0]), lines
+    assert re.search(r"\. (Write|Lower|Take|Add|Mend|Correct|Remove)[^.]* .*\.$", lines[0]), lines[0]
+    left = lab.folder / "runs" / run.lower()
+    assert not any((left / name).exists() for name in ("export", "export.part", "steps.jsonl", "finished.json"))
+    assert not [path for path in Path("/dev/shm").rglob("arena*") if path not in before]
+
+
+def test_the_launcher_passes_the_sentence_and_the_exit_code_on(lab):
+    done = lab.run(*lab.command("run=bad_launch", "train.steps=0", ranks=3))
+    assert done.returncode == 2
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("deltakd: ")]
+    assert (
+        said == ["deltakd: command line: train.steps: 0 is too small. Write a number greater than 0."] or len(said) == 1
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_a_rendezvous_port_that_is_taken_is_named(lab):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        command = lab.command("run=bad_port", "objective.sft_weight=1.0", ranks=2)
+        command[1:1] = ["--master_port", str(port)]
+        done = lab.run(*command)
+    assert done.returncode == 2
+    assert f"port {port} is taken" in done.stdout + done.stderr and "--master_port" in done.stderr + done.stdout
+    assert not (lab.folder / "runs" / "bad_port" / "export").exists()
+
+
+def test_a_pipeline_that_needs_the_hub_stops_with_one_sentence_where_it_cannot_be_reached(lab):
+    done = lab.run("python", "-m", "deltakd", "run", "ultrachat", f"root={lab.folder}/runs/hub")
+    assert done.returncode == 2
+    said = done.stderr.strip().splitlines()
+    assert len(said) == 1 and "the hub cannot be reached" in said[0] and "Traceback" not in done.stderr
