@@ -61,6 +61,8 @@ class TokenizerSettings(Settings):
     """A new tokenizer, trained on local rows: whole words for the generated world, byte-level BPE for real text."""
 
     kind: Literal["words", "byte_bpe"]
-    files: list[str] = Field(min_length=1, description="Rows whose text it learns from: text, messages or math fields.")
+    files: list[str] | None = Field(
+        None, min_length=1, description="Rows whose text it learns from, of any format; null: those of data.train."
+    )
     vocab_size: int = Field(4096, gt=4, description="Most tokens; words stops at the words it finds.")
     num_rows: int | None = Field(None, gt=0, description="Learn from the first rows of each file only.")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from deltakd.base.errors import DataError
-from deltakd.data.hub import FILE_SUFFIXES, could_be_hub_id, refuse_unreachable
+from deltakd.base.hub import FILE_SUFFIXES, could_be_hub_id, refuse_unreachable
 from deltakd.data.settings import SourceSettings
 
 

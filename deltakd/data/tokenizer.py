@@ -18,8 +18,8 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deltakd.base.errors import ModelError
+from deltakd.base.hub import could_be_hub_id, refuse_unreachable
 from deltakd.data.formats import ROLES, texts_of
-from deltakd.data.hub import could_be_hub_id, refuse_unreachable
 from deltakd.data.settings import SourceSettings, TokenizerSettings
 from deltakd.data.sources import load_rows
 from deltakd.data.template import CHATML, END_OF_TEXT, IM_END, IM_START
@@ -108,7 +108,7 @@ def train_tokenizer(settings: TokenizerSettings, folder: Path) -> None:
 
 
 def _texts(settings: TokenizerSettings) -> Iterator[str]:
-    for file in settings.files:
+    for file in settings.files or ():
         for where, row in load_rows(SourceSettings(path=file, num_rows=settings.num_rows)):
             yield from texts_of(row, where)
 

@@ -15,9 +15,10 @@ class EvaluationSettings(Settings):
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int = 0
     num_resamples: int = Field(2000, gt=0, description="Bootstrap resamples over prompts for the paired intervals.")
-    kept: dict[str, str] = Field(
+    kept: dict[str, str | None] = Field(
         default_factory=dict,
-        description="Name -> file of raw-domain or held-out rows; the cross-entropy on them tells what a model kept.",
+        description="Name -> file of raw-domain or held-out rows; the cross-entropy on them tells what a model kept. "
+        "null leaves an inherited one out.",
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
+from deltakd.base.hub import could_be_hub_id, refuse_unreachable
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
 HEAD = "lm_head.weight"
@@ -56,8 +57,9 @@ def resolve(where: str, settings: WeightsSettings) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    if settings.weights.count("/") != 1 or settings.weights.startswith((".", "/", "~")):
+    if not could_be_hub_id(settings.weights):
         raise ModelError(f"{where}: {settings.weights} does not exist. Write the folder of a model or a hub id.")
+    refuse_unreachable("model", settings.weights, settings.revision, lambda text: ModelError(f"{where}: {text}"))
     with _one_sentence(where, settings.weights):
         return Path(
             snapshot_download(

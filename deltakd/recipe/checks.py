@@ -11,7 +11,7 @@ from glob import has_magic
 from pathlib import Path
 
 from deltakd.base.errors import DataError, RecipeError
-from deltakd.data.hub import could_be_hub_id
+from deltakd.base.hub import could_be_hub_id
 from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import local_files
 from deltakd.losses.settings import needed_references
@@ -64,7 +64,8 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
                 "Write a path whose files data.train does not read."
             )
     for label, path in recipe.evaluation.kept.items():
-        _check_files(recipe, f"evaluation.kept.{label}", path, where, name)
+        if path is not None:
+            _check_files(recipe, f"evaluation.kept.{label}", path, where, name)
 
 
 def _check_root(recipe: Recipe, where: Where) -> None:

@@ -122,7 +122,11 @@ def _score(
         identity(path),
         rows,
         sum(total for total, _ in losses) / sum(count for _, count in losses),
-        {name: _kept(model, recipe, file, tokenizer) for name, file in recipe.evaluation.kept.items()},
+        {
+            name: _kept(model, recipe, file, tokenizer)
+            for name, file in recipe.evaluation.kept.items()
+            if file is not None
+        },
         sum(truncated),
     )
 

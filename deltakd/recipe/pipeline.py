@@ -140,6 +140,9 @@ def _failure(stage: str, log: Path, code: int) -> DeltaKDError:
 def _make_stage(base: Loaded, stage: StageSettings, console: Console) -> None:
     """Run a stage that trains nothing, unless its folder already says that it is finished with the same settings."""
     folder = RunDirectory(Path(base.recipe.root) / stage.name)
+    if stage.tokenizer is not None and stage.tokenizer.files is None:
+        files = {"files": [base.recipe.data.train.path]}
+        stage = stage.model_copy(update={"tokenizer": stage.tokenizer.model_copy(update=files)})
     settings = stage.model_dump(mode="json")
     finished = folder.finished()
     if finished is not None and stage.evaluate is None:

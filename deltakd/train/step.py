@@ -52,9 +52,10 @@ class Clock:
         self._spent[name] += now - self._last
         self._last = now
 
-    def seconds(self) -> dict[str, float]:
-        """Return the whole and its parts."""
-        return {"step_s": self._last - self._started, **self._spent}
+    def seconds(self) -> tuple[float, float, float, float]:
+        """Return the whole, waiting, forward and backward, and update."""
+        spent = self._spent
+        return self._last - self._started, spent["wait_s"], spent["forward_backward_s"], spent["update_s"]
 
 
 def train_step(
@@ -90,9 +91,7 @@ def train_step(
     clock.mark("update_s")
     counts = (num_tokens, num_supervised, len(batches))
     losses = (loss, cross_entropy, divergence)
-    return StepRecord(
-        step, *losses, grad_norm, learning_rate, *counts, **clock.seconds(), memory_bytes=resident_bytes()
-    )
+    return StepRecord(step, *losses, grad_norm, learning_rate, *counts, *clock.seconds(), resident_bytes())
 
 
 def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from deltakd.base.errors import DataError
-from deltakd.data.hub import refuse_unreachable
+from deltakd.base.hub import refuse_unreachable
 from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import identity, load_rows
 
