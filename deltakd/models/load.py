@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +67,6 @@ def resolve(where: str, settings: WeightsSettings) -> Path:
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
             )
         )
-
-
-def load_config(where: str, folder: Path, settings: ModelsSettings) -> Any:
-    """Return the model's transformers config."""
-    from transformers import AutoConfig
-
-    with _one_sentence(where, str(folder)):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
 
 
 def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:

@@ -116,17 +116,14 @@ def _score(
             for i, (c, r, a) in enumerate(zip(conversations, references, answers, strict=True))
         ],
     )
+    kept = {name: file for name, file in recipe.evaluation.kept.items() if file is not None}
     return ModelScores(
         label,
         str(path),
         identity(path),
         rows,
         sum(total for total, _ in losses) / sum(count for _, count in losses),
-        {
-            name: _kept(model, recipe, file, tokenizer)
-            for name, file in recipe.evaluation.kept.items()
-            if file is not None
-        },
+        {name: _kept(model, recipe, file, tokenizer) for name, file in kept.items()},
         sum(truncated),
     )
 
