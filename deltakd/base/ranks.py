@@ -65,17 +65,20 @@ class Role:
     teachers_beside: bool  # the students start the teachers themselves: one process has one accelerator
 
 
-def assign_role(placement: Placement, teachers_per_node: int) -> Role:
+def assign_role(placement: Placement, teachers_per_node: int, external_teachers: bool = False) -> Role:
     """Give the last `teachers_per_node` local ranks of a node to teachers and the others to students.
 
-    A node with a single process has no rank to spare: its student starts the teachers beside itself. With
-    `teachers_per_node` 0 everyone trains. Raises RunError if no student would be left.
+    A node with a single process has no rank to spare: its student starts one teacher beside itself, on the same device.
+    With `teachers_per_node` 0, or with teachers that are started elsewhere, everyone trains. Raises RunError if no
+    student would be left.
     """
     local = placement.num_local_ranks
-    if local == 1 or teachers_per_node == 0:
+    if teachers_per_node == 0 or external_teachers:
         return Role(
-            "student", placement.rank, placement.num_ranks, placement.local_rank, local, teachers_per_node, local == 1
+            "student", placement.rank, placement.num_ranks, placement.local_rank, local, teachers_per_node, False
         )
+    if local == 1:
+        return Role("student", placement.rank, placement.num_ranks, placement.local_rank, local, 1, True)
     num_local_students = local - teachers_per_node
     if num_local_students < 1:
         raise RunError(

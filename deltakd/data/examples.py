@@ -33,6 +33,18 @@ class ExampleCounts:
     tokens: int = 0
     supervised_tokens: int = 0
 
+    def describe(self) -> str:
+        """Say it in one line, without what did not happen."""
+        left_out = {
+            "over-long dropped": self.dropped_over_long,
+            "truncated": self.truncated,
+            "without a supervised token dropped": self.dropped_unsupervised,
+            "also held out, dropped": self.dropped_in_validation,
+        }
+        notes = [f"{count:,} {what}" for what, count in left_out.items() if count]
+        text = f"{self.rows:,} rows, {self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised"
+        return "; ".join([text, *notes])
+
 
 @dataclass(frozen=True)
 class ExampleSet:

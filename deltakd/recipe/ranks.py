@@ -51,7 +51,7 @@ def run_rank(loaded: Loaded, launch: Launch) -> None:
     recipe = loaded.recipe
     num_teachers = recipe.teachers.per_node if _wants_service(recipe) else 0
     check_recipe(recipe, loaded.where)
-    role = assign_role(launch.placement, 0 if launch.external_teachers else num_teachers)
+    role = assign_role(launch.placement, num_teachers, launch.external_teachers)
     if recipe.engine.name == "single" and role.num_students > 1:
         raise RunError(
             f"{loaded.where('engine.name')}: single trains in one process, {role.num_students} were started. "
@@ -60,7 +60,7 @@ def run_rank(loaded: Loaded, launch: Launch) -> None:
     if role.kind == "teacher":
         serve(loaded, role.rank, role.num_local_students, launch.identity, f"cuda:{launch.placement.local_rank}")
         return
-    student(loaded, role, launch, num_teachers)
+    student(loaded, role, launch.identity)
 
 
 def _wants_service(recipe: Recipe) -> bool:
@@ -72,7 +72,7 @@ def use_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> None:
+def student(loaded: Loaded, role: Role, identity: str | None) -> None:
     """Train: claim the directory, check, start teachers if they are ours to start, join, train, export."""
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
@@ -85,13 +85,14 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
         inputs = read_inputs(recipe, loaded.where)
         examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
         if role.rank == 0:
-            print(f"{run.path}: {examples.counts}", flush=True)
+            print(f"{run.path}: {examples.counts.describe()}", flush=True)
             run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
-        service = _open_service(loaded, run, inputs, role, launch, num_teachers, stack) if num_teachers else None
+        identity = identity or launch_identity(run.path)
+        service = _open_service(loaded, run, inputs, role, identity, stack) if role.num_local_teachers else None
         parts = build_parts(inputs, examples, role, service, stack)
-        _record_process(
-            run, "student", role.rank, parts.engine.device, ["student"], list(inputs.frozen) if num_teachers else []
-        )
+        beside = [] if service else list(inputs.frozen)
+        heads = list(inputs.frozen) if service and inputs.spec.kind == "hidden" else []
+        _record_process(run, "student", role.rank, parts.engine.device, ["student", *beside], heads)
         parts.world.barrier()
         if role.rank == 0:
             records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps))
@@ -105,14 +106,15 @@ def student(loaded: Loaded, role: Role, launch: Launch, num_teachers: int) -> No
 
 
 def _open_service(
-    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, launch: Launch, num_teachers: int, stack: ExitStack
+    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, identity: str, stack: ExitStack
 ) -> Service:
     """Take this rank's slots and know its node's teachers; those we start load while the engine is built."""
-    identity = launch.identity or launch_identity(run.path)
     scratch = stack.enter_context(Scratch(SHARED_MEMORY, identity))
     arena = stack.enter_context(build_arena(inputs, role, scratch.path))
-    start = _start_teacher if role.teachers_beside and not launch.external_teachers else _expect_teacher
-    teachers = [stack.enter_context(start(loaded, run, identity, index, role)) for index in range(num_teachers)]
+    start = _start_teacher if role.teachers_beside else _expect_teacher
+    teachers = [
+        stack.enter_context(start(loaded, run, identity, index, role)) for index in range(role.num_local_teachers)
+    ]
     return Service(arena, identity, teachers)
 
 

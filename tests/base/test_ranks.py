@@ -28,9 +28,9 @@ def test_students_are_numbered_without_gaps_and_every_node_has_its_teachers(num_
     assert serving == list(range(teachers)) * num_nodes
 
 
-def test_one_process_has_no_rank_to_spare_and_starts_its_teachers_beside_itself():
+def test_one_process_has_no_rank_to_spare_and_starts_one_teacher_beside_itself():
     (role,) = roles(1, 1, 2)
-    assert role.kind == "student" and role.teachers_beside and role.num_local_teachers == 2
+    assert role.kind == "student" and role.teachers_beside and role.num_local_teachers == 1
 
 
 def test_teachers_that_leave_no_student_are_refused():

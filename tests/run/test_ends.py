@@ -65,7 +65,7 @@ class Running:
     ],
 )
 def test_killing_any_process_ends_all(lab, ranks, victim):
-    running = Running(lab, f"killed_{ranks}_{victim.replace('.', '_')}", ranks)
+    running = Running(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks)
     try:
         pid = {
             "launcher": running.launcher.pid,

@@ -30,6 +30,23 @@ def test_the_service_equals_references_in_process_bit_for_bit(lab, delta, forwar
     assert not same_weights(lab, "delta", "forward_kl")
 
 
+def test_whole_logits_give_the_curve_of_hidden_states_within_their_16_bits(lab, delta):
+    """The exact payload of one run, float32 logits, against float16 hidden states, through the service both."""
+    steps = lab.train("logits", "references.payload=logits", "references.dtype=float32")
+    assert curve(steps) != curve(delta)
+    for mine, theirs in zip(curve(steps), curve(delta), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-2)
+    student = next(line for line in lab.lines("logits", "processes.jsonl") if line["role"] == "student")
+    assert student["heads"] == []
+
+
+def test_bfloat16_and_checkpointed_activations_stay_near_the_float32_curve(lab, delta):
+    """bf16 weights keep 8 bits, so only the first steps are close; an error of scale would show at once."""
+    steps = lab.train("bf16", "models.dtype=bfloat16", "train.gradient_checkpointing=true", "train.steps=2", ranks=1)
+    for mine, theirs in zip(curve(steps), curve(delta)[:2], strict=True):
+        assert mine == pytest.approx(theirs, rel=0.1)
+
+
 def test_delta_at_alpha_zero_equals_forward_kl_bit_for_bit(lab, forward_kl):
     assert curve(lab.train("alpha_zero", "objective.target.alpha=0")) == curve(forward_kl)
 
