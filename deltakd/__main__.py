@@ -98,7 +98,7 @@ def guarded(life: Callable[[], None]) -> int:
     try:
         life()
     except DeltaKDError as error:
-        rank = os.environ.get("RANK", "0")
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if rank != "0":
             # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the
             # others; a fault of this rank alone is still said.

@@ -86,7 +86,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     torch.set_num_threads(1)
     train = write_rows(folder / "train.jsonl", chat_rows(0, 60))
     write_rows(folder / "validation.jsonl", chat_rows(100, 10))
-    train_tokenizer(TokenizerSettings(kind="byte_bpe", files=[str(train)], vocab_size=300), folder / "tokenizer")
+    train_tokenizer(TokenizerSettings(files=[str(train)], vocab_size=300), folder / "tokenizer")
     sizes = {"student": (32, 2, 0, None), "teacher": (48, 3, 1, 320), "teacher_raw": (48, 3, 2, 320)}
     for name, (hidden, layers, seed, head_rows) in sizes.items():
         settings = NewModelSettings(

@@ -51,18 +51,12 @@ class WorldSettings(Settings):
     num_validation: int = Field(gt=0, description="Rows of each of the three validation files.")
     seed: int = 0
 
-    @property
-    def num_stories(self) -> int:
-        """Return num_raw under its former name."""
-        return self.num_raw
-
 
 class TokenizerSettings(Settings):
-    """A new tokenizer, trained on local rows: whole words for the generated world, byte-level BPE for real text."""
+    """A new tokenizer, trained on local rows: byte-level BPE, split as Qwen2 splits."""
 
-    kind: Literal["words", "byte_bpe"]
     files: list[str] | None = Field(
         None, min_length=1, description="Rows whose text it learns from, of any format; null: those of data.train."
     )
-    vocab_size: int = Field(4096, gt=4, description="Most tokens; words stops at the words it finds.")
+    vocab_size: int = Field(4096, gt=0, description="Most tokens, 256 bytes and three special ones among them.")
     num_rows: int | None = Field(None, gt=0, description="Learn from the first rows of each file only.")

@@ -1,37 +1,29 @@
 """Tokenizers: load one, name it by what it does, or train a small one on local rows.
 
 A trained tokenizer is an ordinary Hugging Face folder. Its end of sequence is <|im_end|>, so that every generator stops
-where an assistant turn ends; <|endoftext|> closes plain texts and pads. `words` splits at white space and joins with
-spaces, which is exact for text written that way; `byte_bpe` is exact for any text. Training reads all rows into memory
-counts once, about a second per 10 MB for byte_bpe, and gives the same files for the same rows.
+where an assistant turn ends; <|endoftext|> closes plain texts and pads. It is byte-level BPE, split as Qwen2 splits:
+exact for any text in Unicode's NFC form. Training takes about a second per 10 MB and gives the same files for the same
+rows.
 """
 
 import hashlib
 import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
-from deltakd.data.formats import ROLES, texts_of
+from deltakd.data.formats import texts_of
 from deltakd.data.settings import SourceSettings, TokenizerSettings
 from deltakd.data.sources import load_rows
 from deltakd.data.template import CHATML, END_OF_TEXT, IM_END, IM_START
 
-UNKNOWN = "<unk>"
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
-
-# How Qwen2 cuts text before BPE, digits one by one: a new tokenizer then splits like the family it stands in for.
-WORD_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 
 
@@ -82,18 +74,20 @@ def digest(tokenizer: Any) -> str:
 
 def train_tokenizer(settings: TokenizerSettings, folder: Path) -> None:
     """Train a tokenizer on the rows of `settings.files` and write it to `folder`, whole or not at all."""
-    train = {"words": _train_words, "byte_bpe": _train_byte_bpe}[settings.kind]
-    trained = train(settings)
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=trained,
-        eos_token=IM_END,
-        pad_token=END_OF_TEXT,
-        unk_token=UNKNOWN if settings.kind == "words" else None,
-        extra_special_tokens=[IM_START],
-        clean_up_tokenization_spaces=False,
+    smallest = len(pre_tokenizers.ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
+    if settings.vocab_size < smallest:
+        raise ModelError(
+            f"tokenizer.vocab_size: {settings.vocab_size:,} tokens do not hold the {smallest} that byte-level BPE "
+            f"starts from. Write {smallest} or more."
+        )
+    # The family's own class: a generic one beside a config.json of type qwen2 is loaded as this one, in silence, and
+    # would then split otherwise than it was trained.
+    untrained = Qwen2Tokenizer(
+        eos_token=IM_END, pad_token=END_OF_TEXT, unk_token=END_OF_TEXT, extra_special_tokens=[IM_START]
     )
+    tokenizer = untrained.train_new_from_iterator(_texts(settings), settings.vocab_size, show_progress=False)
     tokenizer.chat_template = CHATML
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -111,41 +105,3 @@ def _texts(settings: TokenizerSettings) -> Iterator[str]:
     for file in settings.files or ():
         for where, row in load_rows(SourceSettings(path=file, num_rows=settings.num_rows)):
             yield from texts_of(row, where)
-
-
-def _train_words(settings: TokenizerSettings) -> Tokenizer:
-    counts = Counter(word for text in _texts(settings) for word in text.split())
-    words = sorted(counts, key=lambda word: (-counts[word], word))
-    # Roles first: the template writes them, and they would be unknown in rows that never mention them.
-    known = dict.fromkeys((*SPECIAL_TOKENS, UNKNOWN, *ROLES, *words))
-    vocabulary = {token: id_ for id_, token in enumerate(list(known)[: settings.vocab_size])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([*SPECIAL_TOKENS, UNKNOWN])
-    return tokenizer
-
-
-def _train_byte_bpe(settings: TokenizerSettings) -> Tokenizer:
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    smallest = len(alphabet) + len(SPECIAL_TOKENS)
-    if settings.vocab_size < smallest:
-        raise ModelError(
-            f"tokenizer.vocab_size: {settings.vocab_size:,} tokens do not hold the {smallest} that byte_bpe starts "
-            f"from. Write {smallest} or more."
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        special_tokens=list(SPECIAL_TOKENS),
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(_texts(settings), trainer)
-    return tokenizer

@@ -20,5 +20,3 @@ class SingleSettings(Settings):
     """Plain torch in one process: for small models and for comparison."""
 
     name: Literal["single"]
-    matrices: Literal["adamw", "muon"] = Field("adamw", description="Optimizer of the hidden layers' matrices.")
-    muon_learning_rate: float = Field(0.02, gt=0, description="Peak learning rate of the matrices under muon.")

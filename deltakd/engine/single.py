@@ -1,7 +1,4 @@
-"""Plain torch in one process: small models, the raw models of the quickstart, and a plain mirror for ZeRO-3.
-
-Hidden matrices may go to Muon, which learns small models from scratch in fewer steps; all else goes to AdamW.
-"""
+"""Plain torch in one process: small models, the raw models of the quickstart, and a plain mirror for ZeRO-3."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,32 +17,20 @@ from deltakd.engine.protocol import (
     save_folder,
     total_norm,
 )
-from deltakd.engine.settings import SingleSettings
 from deltakd.losses.linear import LinearLoss, Reference
 
 
 class SingleEngine:
     """One process, one device, no sharding."""
 
-    def __init__(self, module: StudentModule, settings: SingleSettings, optimizer: Optimizer, device: str) -> None:
+    def __init__(self, module: StudentModule, optimizer: Optimizer, device: str) -> None:
         self.device = device
         self._module = module.to(device).train()
         self._max_grad_norm = optimizer.max_grad_norm
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
         self._parameters = [parameter for _, parameter in named]
-        hidden = [p for name, p in named if p.ndim == 2 and ".layers." in name]
-        self._muon = None
-        if settings.matrices == "muon":
-            self._muon = torch.optim.Muon(
-                hidden, lr=settings.muon_learning_rate, weight_decay=optimizer.weight_decay, adjust_lr_fn="original"
-            )
-            named = [(name, p) for name, p in named if not any(p is other for other in hidden)]
-        self._adamw = torch.optim.AdamW(
-            parameter_groups(named, optimizer.weight_decay),
-            lr=optimizer.learning_rate,
-            betas=optimizer.betas,
-        )
-        self._muon_ratio = settings.muon_learning_rate / optimizer.learning_rate
+        groups = parameter_groups(named, optimizer.weight_decay)
+        self._adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
         return run_module(self._module, batch, references)
@@ -54,7 +39,7 @@ class SingleEngine:
         (total * weight).backward()
 
     def grad_norm(self) -> float:
-        return total_norm([p.grad for p in self._parameters if p.grad is not None])
+        return total_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
 
     def update(self, learning_rate: float, grad_norm: float) -> None:
         factor = clip_factor(grad_norm, self._max_grad_norm)
@@ -64,12 +49,7 @@ class SingleEngine:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
-        if self._muon is not None:
-            for group in self._muon.param_groups:
-                group["lr"] = learning_rate * self._muon_ratio
-            self._muon.step()
-        for parameter in self._parameters:
-            parameter.grad = None
+        self._adamw.zero_grad()
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         save_folder(self._module.model, None, tokenizer, folder)

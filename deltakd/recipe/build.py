@@ -150,7 +150,7 @@ def build_engine(inputs: Inputs, role: Role) -> tuple[World, Engine]:
         from deltakd.engine.single import SingleEngine
 
         module = _student_module(inputs)
-        return SoloWorld(), SingleEngine(module, recipe.engine, optimizer, device_name(role.local_index))
+        return SoloWorld(), SingleEngine(module, optimizer, device_name(role.local_index))
     from deltakd.engine import deepspeed
 
     world = deepspeed.join_students(role)

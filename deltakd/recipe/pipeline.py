@@ -174,9 +174,7 @@ def _make(stage: StageSettings, folder: Path) -> str:
         from deltakd.data.world import write_world
 
         write_world(folder, **stage.world.model_dump())
-        return (
-            f"{stage.world.num_persons} persons, {stage.world.num_stories:,} stories, {stage.world.num_chats:,} chats"
-        )
+        return f"{stage.world.num_persons} persons, {stage.world.num_raw:,} raw rows, {stage.world.num_chats:,} chats"
     if stage.tokenizer is not None:
         from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
 

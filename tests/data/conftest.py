@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from deltakd.data.settings import TokenizerSettings
+from deltakd.data.template import CHATML
 from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
 
 Write = Callable[[str, Sequence[Mapping[str, Any]]], Path]
@@ -46,12 +49,32 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture(scope="session")
 def tokenizer_folders(rows_cache: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A trained tokenizer of each kind."""
+    """A tokenizer trained here, and one as others bring it: whole words, unknown ones, offsets without white space."""
     folder = tmp_path_factory.mktemp("tokenizers")
     file = write_jsonl(folder / "chats.jsonl", CHATS)
-    for kind in ("words", "byte_bpe"):
-        train_tokenizer(TokenizerSettings(kind=kind, files=[str(file)], vocab_size=400), folder / kind)
+    train_tokenizer(TokenizerSettings(files=[str(file)], vocab_size=400), folder / "byte_bpe")
+    write_words(folder / "words")
     return {kind: folder / kind for kind in ("words", "byte_bpe")}
+
+
+def write_words(folder: Path) -> None:
+    """Write a word-level tokenizer that knows the words of CHATS, in the generic class of transformers."""
+    texts = [message["content"] for row in CHATS for message in row["messages"]]
+    words = dict.fromkeys(word for text in texts for word in text.split())
+    known = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>", "system", "user", "assistant", *words]
+    tokenizer = Tokenizer(models.WordLevel({token: id_ for id_, token in enumerate(known)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(known[:4])
+    whole = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        unk_token="<unk>",
+        extra_special_tokens=["<|im_start|>"],
+        clean_up_tokenization_spaces=False,
+    )
+    whole.chat_template = CHATML
+    whole.save_pretrained(folder)
 
 
 @pytest.fixture(scope="session")

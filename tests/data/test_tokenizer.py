@@ -1,6 +1,7 @@
 """Trained tokenizers are ordinary folders, the same for the same rows, and exact for the text they are meant for."""
 
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_same_rows_train_the_same_files_and_nothing_lies_beside_them(write, tmp_path, kind):
-    settings_ = TokenizerSettings(kind=kind, files=[str(write("rows.jsonl", TEXT))], vocab_size=300)
+def test_the_same_rows_train_the_same_files_and_nothing_lies_beside_them(write, tmp_path):
+    settings_ = TokenizerSettings(files=[str(write("rows.jsonl", TEXT))], vocab_size=300)
     for name in ("one", "two", "two"):  # the third replaces the second
         train_tokenizer(settings_, tmp_path / name)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
@@ -37,18 +37,8 @@ def test_a_trained_tokenizer_speaks_chatml_and_stops_at_the_end_of_a_turn(tokeni
     assert tokenizer.pad_token == "<|endoftext|>" != tokenizer.eos_token
 
 
-def test_words_are_kept_from_the_most_frequent_and_the_rest_is_unknown(write, tmp_path):
-    file = str(write("rows.jsonl", TEXT))
-    train_tokenizer(TokenizerSettings(kind="words", files=[file], vocab_size=11), tmp_path / "words")
-    tokenizer = load_tokenizer(str(tmp_path / "words"))
-    assert len(tokenizer) == 11  # 4 special tokens, 3 roles, then: the, a, cat, dog by frequency, then by name
-    assert tokenizer.decode(tokenizer("the cat sat , a dog")["input_ids"]) == "the cat <unk> <unk> a dog"
-    train_tokenizer(TokenizerSettings(kind="words", files=[file], vocab_size=99, num_rows=1), tmp_path / "words")
-    assert "sat" in load_tokenizer(str(tmp_path / "words")).get_vocab()
-
-
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=30).filter(lambda text: "<|" not in text))
+@given(text=st.text(max_size=30).filter(lambda text: "<|" not in text and unicodedata.is_normalized("NFC", text)))
 def test_byte_bpe_gives_back_any_text(byte_bpe, text):
     assert byte_bpe.decode(byte_bpe(text)["input_ids"]) == text
 
@@ -56,9 +46,12 @@ def test_byte_bpe_gives_back_any_text(byte_bpe, text):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_tokenizer_means_the_same_beside_the_weights_of_any_architecture(tokenizer_folders, tmp_path, kind):
     """transformers replaces how text is split when it sees a config.json of type qwen2 in the same folder."""
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
     plain = load_tokenizer(str(tokenizer_folders[kind]))
+    loaders = [lambda path: load_tokenizer(str(path))]
+    if kind == "byte_bpe":  # what is trained here means the same to those who load it without us
+        loaders.append(AutoTokenizer.from_pretrained)
     text = "person 12 DON'T live\n\n in town 1 ."
     for config in (Qwen2Config(), LlamaConfig()):
         folder = tmp_path / config.model_type
@@ -66,7 +59,7 @@ def test_a_tokenizer_means_the_same_beside_the_weights_of_any_architecture(token
         config.save_pretrained(folder)
         beside = load_tokenizer(str(folder))
         beside.save_pretrained(folder)  # as training does with its final weights
-        for other in (beside, load_tokenizer(str(folder))):
+        for other in (beside, *(load(folder) for load in loaders)):
             assert other(text)["input_ids"] == plain(text)["input_ids"]
             assert digest(other) == digest(plain)
 
@@ -82,10 +75,10 @@ def test_a_digest_covers_the_template_and_not_the_last_call(tokenizer_folders):
 
 def test_a_vocabulary_too_small_for_bytes_is_refused_and_leaves_the_old_folder(write, tmp_path):
     file = str(write("rows.jsonl", TEXT))
-    train_tokenizer(TokenizerSettings(kind="byte_bpe", files=[file], vocab_size=300), tmp_path / "bpe")
+    train_tokenizer(TokenizerSettings(files=[file], vocab_size=300), tmp_path / "bpe")
     before = contents(tmp_path / "bpe")
     with pytest.raises(ModelError, match=r"tokenizer.vocab_size: 100 tokens do not hold the 259 .*Write 259 or more"):
-        train_tokenizer(TokenizerSettings(kind="byte_bpe", files=[file], vocab_size=100), tmp_path / "bpe")
+        train_tokenizer(TokenizerSettings(files=[file], vocab_size=100), tmp_path / "bpe")
     assert contents(tmp_path / "bpe") == before
 
 

@@ -32,7 +32,7 @@ train:
   learning_rate: 1.0e-3
 pipeline:
   - name: words
-    tokenizer: {kind: words, files: ["{root}/rows.jsonl"]}
+    tokenizer: {vocab_size: 300, files: ["{root}/rows.jsonl"]}
   - name: sft
     train:
       objective: {sft_weight: 1.0}
@@ -88,7 +88,8 @@ def test_a_change_of_name_drops_the_settings_of_the_other_name_and_nothing_else_
     path = written("extends: base\nobjective: {target: {name: delta, alpha: 0.9}}\n")
     anchored = load_recipe(path, ["objective.target={name: delta, anchor: student}"]).objective.target
     assert anchored.model_dump() == {"name": "delta", "alpha": 0.9, "anchor": "student"}
-    assert load_recipe("base", ["engine.matrices=muon", "engine.name=single"]).engine.matrices == "muon"
+    reversed_ = load_recipe("base", ["objective.target.alpha=0.25", "objective.target.name=delta"]).objective.target
+    assert reversed_.model_dump() == {"name": "delta", "alpha": 0.25, "anchor": "teacher"}
 
 
 def test_root_is_filled_in_wherever_a_text_asks_for_it_and_no_other_brace_is_touched():

@@ -71,7 +71,7 @@ def folder(lab, tmp_path_factory) -> Path:
     for name, text in FILES.items():
         (path / name).write_text(text)
     (path / "words.jsonl").write_text(json.dumps({"text": "something else entirely " + "0123456789 " * 5}) + "\n")
-    words = TokenizerSettings(kind="byte_bpe", files=[str(path / "words.jsonl")], vocab_size=290)
+    words = TokenizerSettings(files=[str(path / "words.jsonl")], vocab_size=290)
     train_tokenizer(words, path / "foreign_tokenizer")
     size = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
     write_new_model(NewModelSettings(tokenizer=str(path / "foreign_tokenizer"), **size), path / "foreign")

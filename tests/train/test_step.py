@@ -13,7 +13,6 @@ from deltakd.base.ranks import SoloWorld
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
 from deltakd.engine.protocol import Optimizer, StudentModule
-from deltakd.engine.settings import SingleSettings
 from deltakd.engine.single import SingleEngine
 from deltakd.losses import objective
 from deltakd.models.load import load_model
@@ -31,7 +30,7 @@ def engine(lab):
     settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
     model = load_model("student", lab.folder / "student", settings)
     module = StudentModule(model, objective({"sft_weight": 1.0}), "packed", 300)
-    return SingleEngine(module, SingleSettings(name="single"), Optimizer(0.1, (0.9, 0.95), 0.0, 1.0), "cpu")
+    return SingleEngine(module, Optimizer(0.1, (0.9, 0.95), 0.0, 1.0), "cpu")
 
 
 def batch():
