@@ -86,6 +86,17 @@ class RunDirectory:
             return []
         return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
+    def last_line(self, name: str) -> dict[str, Any] | None:
+        """Read the last whole line of a .jsonl file; costs the same however long the file is."""
+        try:
+            with (self.path / name).open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 2**16))
+                whole = file.read().rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return None
+        return dict(json.loads(whole.rpartition(b"\n")[2])) if whole else None
+
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Mark the run as successful."""
         write_json(self.path / FINISHED, {"finished": timestamp(), **facts})

@@ -18,7 +18,7 @@ from tokenizers import pre_tokenizers
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
-from deltakd.data.formats import texts_of
+from deltakd.data.formats import ROLES, texts_of
 from deltakd.data.settings import SourceSettings, TokenizerSettings
 from deltakd.data.sources import load_rows
 from deltakd.data.template import CHATML, END_OF_TEXT, IM_END, IM_START
@@ -104,4 +104,4 @@ def train_tokenizer(settings: TokenizerSettings, folder: Path) -> None:
 def _texts(settings: TokenizerSettings) -> Iterator[str]:
     for file in settings.files or ():
         for where, row in load_rows(SourceSettings(path=file, num_rows=settings.num_rows)):
-            yield from texts_of(row, where)
+            yield from (*ROLES, *texts_of(row, where))  # the template writes the roles into every row

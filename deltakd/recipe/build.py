@@ -66,7 +66,7 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
     frozen: dict[str, ModelFacts] = {}
     for role in sorted(needed_references(recipe.objective)):
         key = where(f"models.{role}.weights")
-        folder = resolve(key, _weights(recipe, role))
+        folder = resolve(key, model_of(recipe, role))
         refuse_foreign(key, tokenizer, load_tokenizer(str(folder), recipe.models.trust_remote_code))
         frozen[role] = facts(key, folder)
     heads = {"student": facts(student_key, student).head_rows} | {name: f.head_rows for name, f in frozen.items()}
@@ -75,7 +75,7 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
     )
 
 
-def _weights(recipe: Recipe, role: str) -> WeightsSettings:
+def model_of(recipe: Recipe, role: str) -> WeightsSettings:
     """Return what plays a role; the frozen raw student is by default what the student starts from."""
     given: WeightsSettings | None = getattr(recipe.models, role)
     return given or recipe.models.student

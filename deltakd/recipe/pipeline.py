@@ -20,7 +20,8 @@ from deltakd.base.errors import DeltaKDError, RunError
 from deltakd.base.processes import end_with_launchers
 from deltakd.base.rundir import RunDirectory, machine_facts, remove
 from deltakd.recipe.checks import check_every_stage, check_paths
-from deltakd.recipe.load import Loaded, dump_recipe, find_recipe, load
+from deltakd.recipe.load import Loaded, find_recipe, load
+from deltakd.recipe.ranks import is_finished
 from deltakd.recipe.schema import Recipe, StageSettings
 from deltakd.train.records import describe
 
@@ -83,7 +84,7 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     loaded = load(name, overrides, stage)
     recipe = loaded.recipe
     directory = RunDirectory(Path(recipe.directory))
-    if directory.finished() and not directory.changes(dump_recipe(recipe)):
+    if is_finished(directory, recipe):
         console.print(f"{stage}: finished before")
         return
     check_paths(recipe, loaded.where, name)
@@ -103,8 +104,7 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
     if process.returncode != 0 or directory.finished() is None:
         raise _failure(stage, log, process.returncode)
-    if not console.is_terminal:
-        last = directory.read_lines("steps.jsonl")[-1]
+    if not console.is_terminal and (last := directory.last_line("steps.jsonl")):
         console.print(f"{stage}: {last['step']} steps, {describe(last)}", soft_wrap=True)
 
 
@@ -122,9 +122,8 @@ def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, s
         while True:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=POLL_S)
-            lines = run.read_lines("steps.jsonl")
-            if lines:
-                bar.update(task, completed=lines[-1]["step"], text=describe(lines[-1]))
+            if last := run.last_line("steps.jsonl"):
+                bar.update(task, completed=last["step"], text=describe(last))
             if process.returncode is not None:
                 return
 

@@ -22,7 +22,17 @@ from deltakd.base.rundir import RunDirectory
 from deltakd.base.scratch import Scratch
 from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
-from deltakd.recipe.build import Inputs, Service, build_arena, build_parts, build_served, read_examples, read_inputs
+from deltakd.models.load import identity
+from deltakd.recipe.build import (
+    Inputs,
+    Service,
+    build_arena,
+    build_parts,
+    build_served,
+    model_of,
+    read_examples,
+    read_inputs,
+)
 from deltakd.recipe.checks import check_paths, check_recipe
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.schema import Recipe
@@ -72,14 +82,16 @@ def use_threads() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
-def student(loaded: Loaded, role: Role, identity: str | None) -> None:
+def student(loaded: Loaded, role: Role, launch_name: str | None) -> None:
     """Train: claim the directory, check, start teachers if they are ours to start, join, train, export."""
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
     with ExitStack() as stack:
         if role.rank == 0:
             stack.enter_context(run.claim())
-        if _is_finished(run, recipe, announce=role.rank == 0):
+        if is_finished(run, recipe):
+            if role.rank == 0:
+                print(f"{run.path}: finished; nothing to do. Remove the folder to train again.", flush=True)
             return
         check_paths(recipe, loaded.where, Path(recipe.root).name)
         inputs = read_inputs(recipe, loaded.where)
@@ -87,8 +99,8 @@ def student(loaded: Loaded, role: Role, identity: str | None) -> None:
         if role.rank == 0:
             print(f"{run.path}: {examples.counts.describe()}", flush=True)
             run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
-        identity = identity or launch_identity(run.path)
-        service = _open_service(loaded, run, inputs, role, identity, stack) if role.num_local_teachers else None
+        launch = launch_name or launch_identity(run.path)
+        service = _open_service(loaded, run, inputs, role, launch, stack) if role.num_local_teachers else None
         parts = build_parts(inputs, examples, role, service, stack)
         beside = [] if service else list(inputs.frozen)
         heads = list(inputs.frozen) if service and inputs.spec.kind == "hidden" else []
@@ -106,48 +118,49 @@ def student(loaded: Loaded, role: Role, identity: str | None) -> None:
 
 
 def _open_service(
-    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, identity: str, stack: ExitStack
+    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, launch: str, stack: ExitStack
 ) -> Service:
     """Take this rank's slots and know its node's teachers; those we start load while the engine is built."""
-    scratch = stack.enter_context(Scratch(SHARED_MEMORY, identity))
+    scratch = stack.enter_context(Scratch(SHARED_MEMORY, launch))
     arena = stack.enter_context(build_arena(inputs, role, scratch.path))
     start = _start_teacher if role.teachers_beside else _expect_teacher
     teachers = [
-        stack.enter_context(start(loaded, run, identity, index, role)) for index in range(role.num_local_teachers)
+        stack.enter_context(start(loaded, run, launch, index, role)) for index in range(role.num_local_teachers)
     ]
-    return Service(arena, identity, teachers)
+    return Service(arena, launch, teachers)
 
 
-def _is_finished(run: RunDirectory, recipe: Recipe, announce: bool) -> bool:
-    """Tell whether the directory holds this very run, finished; refuse one that another recipe has made."""
+def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
+    """Tell whether the directory holds this very run, finished.
+
+    Raises RunError if another recipe has made it, or if a model that it came from has been made anew since.
+    """
     finished = run.finished()
     if finished is None:
         return False
     changes = run.changes(dump_recipe(recipe))
+    for role, before in finished["inputs"].items():
+        folder = Path(model_of(recipe, role).weights)
+        if folder.is_dir() and identity(folder) != before:
+            changes.append(f"models.{role}: {folder} has been made anew since")
     if changes:
         raise RunError(
             f"{run.path}: finished with another recipe ({'; '.join(changes[:3])}). "
             "Write root=... for a new place, or remove the folder."
         )
-    if announce:
-        print(
-            f"{run.path}: finished {finished['finished']}; nothing to do. Remove the folder to train again.", flush=True
-        )
     return True
 
 
 def _identities(inputs: Inputs) -> dict[str, str]:
-    from deltakd.models.load import identity
-
     return {"student": identity(inputs.student)} | {name: facts.identity for name, facts in inputs.frozen.items()}
 
 
 @contextmanager
-def _start_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int, role: Role) -> Iterator[TeacherRank]:
+def _start_teacher(loaded: Loaded, run: RunDirectory, launch: str, index: int, role: Role) -> Iterator[TeacherRank]:
     """Start a teacher rank beside this student, on the same device; it ends with us."""
     log = run.path / "logs" / f"teacher-{index}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "deltakd", "serve", str(run.path / "recipe.yaml"), "--launch", identity]
+    command = [sys.executable, "-m", "deltakd", "serve", str(run.path / "recipe.yaml"), "--launch", launch]
     command += ["--index", str(index), "--students", str(role.num_local_students), "--device", device_name(0)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
@@ -168,7 +181,7 @@ def _start_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int,
 
 
 @contextmanager
-def _expect_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int, role: Role) -> Iterator[TeacherRank]:
+def _expect_teacher(loaded: Loaded, run: RunDirectory, launch: str, index: int, role: Role) -> Iterator[TeacherRank]:
     """Know a teacher rank that the launcher has started."""
 
     def ended(pid: int | None) -> str | None:
@@ -177,7 +190,7 @@ def _expect_teacher(loaded: Loaded, run: RunDirectory, identity: str, index: int
     yield TeacherRank(index, "of the launcher", ended)
 
 
-def serve(loaded: Loaded, index: int, num_students: int, identity: str | None, device: str) -> None:
+def serve(loaded: Loaded, index: int, num_students: int, launch: str | None, device: str) -> None:
     """Serve the run's frozen models to this node's students until all of them have left."""
     end_with_launchers()
     use_threads()
@@ -186,12 +199,12 @@ def serve(loaded: Loaded, index: int, num_students: int, identity: str | None, d
     device = device if torch.cuda.is_available() else "cpu"
     check_paths(recipe, loaded.where, Path(recipe.root).name)
     inputs = read_inputs(recipe, loaded.where)
-    identity = identity or launch_identity(run.path)
-    with Scratch(SHARED_MEMORY, identity) as scratch:
+    launch = launch or launch_identity(run.path)
+    with Scratch(SHARED_MEMORY, launch) as scratch:
         models = {
             name: Served(model, inputs.frozen[name].identity) for name, model in build_served(inputs, device).items()
         }
-        with TeacherServer(index, scratch.path, identity, models, inputs.fingerprint, inputs.spec, device) as server:
+        with TeacherServer(index, scratch.path, launch, models, inputs.fingerprint, inputs.spec, device) as server:
             server.serve(
                 num_students, on_first=lambda: _record_process(run, "teacher", index, device, list(models), [])
             )

@@ -1,11 +1,13 @@
 """However a run ends, nothing of it stays: no process, no file in shared memory, no half-written export."""
 
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 DEADLINE_S = 60  # far beyond the 10 s that users are told, since the machine of a test may be busy
 SHARED = Path("/dev/shm")
@@ -106,3 +108,13 @@ def test_a_finished_run_is_not_made_again(lab):
     other = lab.run(*lab.command("run=twice", "train.steps=2"))
     assert other.returncode == 2 and "train.steps: 1, now 2" in other.stderr
     assert len(steps) == 1
+
+
+def test_a_run_whose_models_were_made_anew_is_refused_rather_than_taken_for_finished(lab, tmp_path):
+    weights = shutil.copytree(lab.folder / "teacher", tmp_path / "teacher")
+    overrides = ["run=anew", "train.steps=1", f"models.teacher.weights={weights}"]
+    assert lab.run(*lab.command(*overrides)).returncode == 0
+    other = load_file(weights / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in other.items()}, weights / "model.safetensors", {"format": "pt"})
+    again = lab.run(*lab.command(*overrides))
+    assert again.returncode == 2 and "models.teacher: " in again.stderr and "has been made anew since" in again.stderr
