@@ -1,0 +1,90 @@
+"""Every command that README and docs show is one that works: its recipe loads, its options parse, its files are there.
+
+That the commands do what they say is tested where they are run: tests/run.
+"""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from deltakd.__main__ import main, parser
+from deltakd.recipe.checks import check_every_stage, check_recipe
+from deltakd.recipe.load import load
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+START = re.compile(r"^(make|python|deepspeed|launchers/|sbatch|bash|\.venv/bin/|[A-Z_]+=\S+ (make|sbatch))")
+LINKS = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def commands(page: Path) -> list[str]:
+    lines = [line.strip() for line in page.read_text().splitlines() if line.startswith("    ")]
+    lines += re.findall(r"`([^`\n]+)`", page.read_text())
+    # Two blanks end a command; what follows says what it does. Words in capitals stand for the reader's own.
+    return [line.split("  ")[0] for line in lines if START.match(line) and " " in line]
+
+
+def first_lines(recipe: Path) -> list[str]:
+    return [recipe.read_text().splitlines()[0].removeprefix("# ").split("  ")[0]]
+
+
+def words_of(command: str) -> list[str]:
+    words = shlex.split(command, comments=True)
+    while "=" in words[0]:
+        words = words[1:]
+    if words[:3] == [".venv/bin/python", "-m", "deltakd"] or words[:3] == ["python", "-m", "deltakd"]:
+        words = ["deltakd", *words[3:]]
+    return [words[0].removeprefix(".venv/bin/"), *words[1:]]
+
+
+CASES = [(page, command) for page in PAGES for command in commands(page)]
+CASES += [(recipe, command) for recipe in RECIPES for command in first_lines(recipe)]
+
+
+@pytest.mark.parametrize("page,command", CASES, ids=lambda value: value if isinstance(value, str) else value.name)
+def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
+    words = words_of(command)
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+    elif words[0] == "deltakd":
+        if words[1] == "VERB":
+            return
+        options = parser().parse_args(words[1:])
+        if options.recipe != "mine":
+            check_every_stage(options.recipe, options.overrides)
+        if options.verb == "check":
+            assert main(words[1:]) == 0 and "models:" in capsys.readouterr().out
+    elif words[0] == "deepspeed" and "--recipe" in words:
+        overrides = [word for word in words if "=" in word]
+        assert "launchers/train.py" in words
+        loaded = load(words[words.index("--recipe") + 1], overrides)
+        check_recipe(loaded.recipe, loaded.where)
+    elif words[0] == "launchers/local.sh":
+        loaded = load(words[1], [word for word in words if "=" in word])
+        check_recipe(loaded.recipe, loaded.where)
+    elif words[0] == "sbatch":
+        script = next(word for word in words if word.endswith(".sbatch"))
+        assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
+    else:
+        pytest.fail(f"{page.name}: no test knows how to try `{command}`")
+
+
+def test_the_docs_show_commands():
+    assert len(CASES) > 15 and {page.name for page, _ in CASES} >= {"README.md", "recipes.md", "quickstart.yaml"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in LINKS.findall(page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_opens_with_its_command_and_what_was_measured(recipe):
+    first, second = recipe.read_text().splitlines()[:2]
+    assert re.match(r"# (make|python -m deltakd|deepspeed) ", first) and second.startswith("# Measured: ")
+    assert check_every_stage(recipe.stem)
