@@ -35,6 +35,7 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None) -> None:
     base = check_every_stage(name, overrides)[0]
     if not base.recipe.pipeline:
         raise RunError(f"{base.where('pipeline')}: no stages. Write some, or use `deltakd train {name}`.")
+    name_accelerator()
     console = Console(stderr=True)
     root = Path(base.recipe.root)
     claim = RunDirectory(root)
@@ -47,6 +48,14 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None) -> None:
     tables = [root / stage.name / "table.md" for stage in base.recipe.pipeline if stage.evaluate is not None]
     for table in tables:
         print(f"\n{table.read_text()}\nResults: {table.parent}/results.json, answers in {table.parent}/predictions/")
+
+
+def name_accelerator() -> None:
+    """Tell DeepSpeed that there is no accelerator, if there is none: it warns of that in every process otherwise."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def train(name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None) -> None:
