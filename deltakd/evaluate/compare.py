@@ -15,23 +15,22 @@ from deltakd.base.rundir import write_json, write_text
 from deltakd.evaluate.scores import ROUGE, Interval, paired_difference
 
 CROSS_ENTROPY = "cross_entropy"
+KEPT = "kept: "
 TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", CROSS_ENTROPY: "cross-entropy"}
 
 
 @dataclass(frozen=True)
 class ModelScores:
-    """One model's scores, row by row: ROUGE between 0 and 1, cross-entropy in nats per token of each reference.
+    """One model's scores by metric, row by row.
 
-    `kept` maps a name to the model's mean cross-entropy on that text. `cross_entropy` is the mean over all supervised
-    tokens of the references, of which longer rows hold more.
+    ROUGE lies between 0 and 1. `cross_entropy` is in nats per token of each row's reference; `kept: NAME` likewise on
+    the rows of another text, of which there may be more or fewer.
     """
 
     label: str
     weights: str
     identity: str
     rows: Mapping[str, Sequence[float]]
-    cross_entropy: float
-    kept: Mapping[str, float]
     num_truncated: int  # answers that reached max_new_tokens
 
     def mean(self, metric: str) -> float:
@@ -57,7 +56,7 @@ def compare(
     differences = {
         model.label: {
             metric: paired_difference(model.rows[metric], by_label[baseline].rows[metric], num_resamples, seed)
-            for metric in (*ROUGE, CROSS_ENTROPY)
+            for metric in model.rows
         }
         for model in models
         if model.label != baseline
@@ -67,8 +66,8 @@ def compare(
         gain = differences[teacher]
         if not (gain["rougeL"].low > 0 and gain[CROSS_ENTROPY].high < 0):
             warnings.append(
-                f"{teacher} is not clearly better than {baseline} (ROUGE-L {_signed(gain['rougeL'], 100)}, "
-                f"cross-entropy {_signed(gain[CROSS_ENTROPY])}): there is little to distil. "
+                f"{teacher} is not clearly better than {baseline} (ROUGE-L {_signed(gain['rougeL'], 'rougeL')}, "
+                f"cross-entropy {_signed(gain[CROSS_ENTROPY], CROSS_ENTROPY)}): there is little to distil. "
                 "Train the teacher longer or make it larger."
             )
     return Comparison(models, baseline, differences, warnings)
@@ -76,23 +75,22 @@ def compare(
 
 def markdown_table(comparison: Comparison) -> str:
     """Return the table: means with the paired 95% interval of the difference to the baseline; ROUGE times 100."""
-    kept = list(comparison.models[0].kept)
-    titles = ["model", *(TITLES[metric] for metric in (*ROUGE, CROSS_ENTROPY)), *(f"kept: {name}" for name in kept)]
+    metrics = list(comparison.models[0].rows)
+    titles = ["model", *(TITLES.get(metric, metric) for metric in metrics)]
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for model in comparison.models:
         cells = [model.label]
-        for metric in (*ROUGE, CROSS_ENTROPY):
-            factor = 1 if metric == CROSS_ENTROPY else 100
-            mean = f"{model.cross_entropy:.3f}" if metric == CROSS_ENTROPY else f"{factor * model.mean(metric):.1f}"
+        for metric in metrics:
+            mean = f"{100 * model.mean(metric):.1f}" if metric in ROUGE else f"{model.mean(metric):.3f}"
             difference = comparison.differences.get(model.label, {}).get(metric)
-            cells.append(mean + (f" ({_signed(difference, factor)})" if difference else ""))
-        lines.append("| " + " | ".join([*cells, *(f"{model.kept[name]:.3f}" for name in kept)]) + " |")
+            cells.append(f"{mean} ({_signed(difference, metric)})" if difference else mean)
+        lines.append("| " + " | ".join(cells) + " |")
     num_prompts = len(comparison.models[0].rows[CROSS_ENTROPY])
     lines += [
         "",
         f"{num_prompts} held-out prompts. ROUGE: F1 x 100, rouge-score with its stemmer. Cross-entropy: nats per token "
         "of the references, lower is better; `kept` likewise, on text outside the fine-tuning data. In brackets: mean "
-        f"difference per prompt to {comparison.baseline} with its paired 95% bootstrap interval.",
+        f"difference per row to {comparison.baseline} with its paired 95% bootstrap interval.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -106,9 +104,7 @@ def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: P
             model.label: {
                 "weights": model.weights,
                 "identity": model.identity,
-                **{metric: model.mean(metric) for metric in ROUGE},
-                CROSS_ENTROPY: model.cross_entropy,
-                "kept": dict(model.kept),
+                **{metric: model.mean(metric) for metric in model.rows},
                 "num_truncated": model.num_truncated,
                 "difference": {m: asdict(i) for m, i in comparison.differences.get(model.label, {}).items()},
             }
@@ -125,7 +121,7 @@ def write_predictions(folder: Path, label: str, rows: Sequence[Mapping[str, Any]
     write_text(folder / "predictions" / f"{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _signed(interval: Interval, factor: float = 1) -> str:
-    digits = 1 if factor == 100 else 3
+def _signed(interval: Interval, metric: str) -> str:
+    factor, digits = (100, 1) if metric in ROUGE else (1, 3)
     mean, low, high = (f"{factor * value:+.{digits}f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"

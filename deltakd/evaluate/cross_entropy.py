@@ -17,11 +17,11 @@ CHUNK_TOKENS = 512
 
 
 @torch.inference_mode()
-def cross_entropy_rows(model: Any, batches: Sequence[PackedBatch], vocab_size: int) -> list[tuple[float, int]]:
-    """Return (sum of cross-entropy in nats, number of supervised tokens) of every document, in the batches' order."""
+def cross_entropy_rows(model: Any, batches: Sequence[PackedBatch], vocab_size: int) -> list[float]:
+    """Return every document's cross-entropy in nats per supervised token, in the batches' order."""
     sft = objective({"sft_weight": 1.0})
     head_VH = head_weight(model)[:vocab_size]
-    rows: list[tuple[float, int]] = []
+    rows: list[float] = []
     for batch in batches:
         moved = batch.to(str(head_VH.device))
         hidden_NH = supervised_hidden(model, moved, "packed")
@@ -33,5 +33,5 @@ def cross_entropy_rows(model: Any, batches: Sequence[PackedBatch], vocab_size: i
         sums = torch.zeros(len(moved.starts) - 1, dtype=torch.float64, device=head_VH.device)
         sums.index_add_(0, document, torch.cat(losses).double())
         counts = torch.bincount(document, minlength=len(sums))
-        rows += list(zip(sums.tolist(), counts.tolist(), strict=True))
+        rows += (sums / counts).tolist()
     return rows

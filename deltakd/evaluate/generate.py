@@ -4,12 +4,21 @@ Prompts are batched by length, so little of a batch is padding, and put back int
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltakd.evaluate.settings import EvaluationSettings
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote, without its end-of-turn token, and whether it ended its turn itself."""
+
+    text: str
+    ended: bool
 
 
 @torch.inference_mode()
@@ -20,17 +29,18 @@ def generate(
     end_id: int,
     settings: EvaluationSettings,
     advance: Callable[[int], object] = lambda _: None,
-) -> list[str]:
-    """Return each prompt's answer as text, without its end-of-turn token; `advance` hears of every batch's size."""
+) -> list[Answer]:
+    """Return each prompt's answer; `advance` hears of every batch's size."""
     torch.manual_seed(settings.seed)
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    answers = [""] * len(prompts)
+    answers = [Answer("", False)] * len(prompts)
     for first in range(0, len(order), settings.batch_size):
         chosen = order[first : first + settings.batch_size]
         written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings)
         for index, tokens in zip(chosen, written.tolist(), strict=True):
             stop = tokens.index(end_id) if end_id in tokens else len(tokens)
-            answers[index] = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+            text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
+            answers[index] = Answer(text, ended=end_id in tokens)
         advance(len(chosen))
     return answers
 

@@ -24,7 +24,7 @@ from deltakd.data.template import ChatTemplate
 from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import device_name
-from deltakd.evaluate.compare import CROSS_ENTROPY, ModelScores, compare, write_comparison, write_predictions
+from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, write_comparison, write_predictions
 from deltakd.evaluate.cross_entropy import cross_entropy_rows
 from deltakd.evaluate.generate import generate
 from deltakd.evaluate.scores import rouge_rows
@@ -33,6 +33,8 @@ from deltakd.models.load import identity, load_model, resolve
 from deltakd.models.settings import WeightsSettings
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.schema import Recipe
+
+RULES_VERSION = 1  # raise it when the same models and rows would get other scores; stored ones are not read then
 
 
 def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console) -> None:
@@ -79,7 +81,7 @@ def _prompts(recipe: Recipe) -> list[Conversation]:
 def _score_once(
     recipe: Recipe, key: str, label: str, path: Path, conversations: Sequence[Conversation], folder: Path, advance: Any
 ) -> ModelScores:
-    question = {"identity": identity(path), "data": recipe.data.model_dump(mode="json")}
+    question = {"rules": RULES_VERSION, "identity": identity(path), "data": recipe.data.model_dump(mode="json")}
     question["evaluation"] = recipe.evaluation.model_dump(mode="json")
     kept = folder / "scores" / f"{label}.json"
     if kept.exists() and (stored := json.loads(kept.read_text()))["question"] == question:
@@ -98,50 +100,39 @@ def _score(
     template = ChatTemplate(tokenizer)
     prompts = [template.encode_prompt(conversation.prompt, conversation.where) for conversation in conversations]
     answers = generate(model, tokenizer, prompts, template.end_of_turn_id, recipe.evaluation, advance)
-    references = [conversation.reference for conversation in conversations]
-    rouge = rouge_rows(answers, references)
-    losses = _cross_entropies(model, recipe.data, [template.encode([c])[0] for c in conversations], len(tokenizer))
-    rows = {**rouge, CROSS_ENTROPY: [total / count for total, count in losses]}
-    truncated = [len(tokenizer(answer)["input_ids"]) >= recipe.evaluation.max_new_tokens for answer in answers]
+    texts, references = [answer.text for answer in answers], [conversation.reference for conversation in conversations]
+    examples = [template.encode([conversation])[0] for conversation in conversations]
+    rows = {
+        **rouge_rows(texts, references),
+        CROSS_ENTROPY: _cross_entropies(model, recipe.data, examples, len(tokenizer)),
+    }
+    prompted = [conversation.prompt[-1].content for conversation in conversations]
+    kept_rows = zip(prompted, references, texts, zip(*rows.values(), strict=True), strict=True)
     write_predictions(
         folder,
         label,
         [
-            {
-                "prompt": c.prompt[-1].content,
-                "reference": r,
-                "answer": a,
-                **{name: values[i] for name, values in rows.items()},
-            }
-            for i, (c, r, a) in enumerate(zip(conversations, references, answers, strict=True))
+            {"prompt": prompt, "reference": reference, "answer": text, **dict(zip(rows, values, strict=True))}
+            for prompt, reference, text, values in kept_rows
         ],
     )
-    kept = {name: file for name, file in recipe.evaluation.kept.items() if file is not None}
-    return ModelScores(
-        label,
-        str(path),
-        identity(path),
-        rows,
-        sum(total for total, _ in losses) / sum(count for _, count in losses),
-        {name: _kept(model, recipe, file, tokenizer) for name, file in kept.items()},
-        sum(truncated),
-    )
+    for name, file in recipe.evaluation.kept.items():
+        if file is not None:
+            rows[f"{KEPT}{name}"] = _kept(model, recipe, file, tokenizer)
+    return ModelScores(label, str(path), identity(path), rows, sum(not answer.ended for answer in answers))
 
 
-def _kept(model: Any, recipe: Recipe, file: str, tokenizer: Any) -> float:
-    """Return the mean cross-entropy on a file of raw-domain or held-out rows; its format shows in its first row."""
+def _kept(model: Any, recipe: Recipe, file: str, tokenizer: Any) -> list[float]:
+    """Return the cross-entropy of every row of a file of raw-domain text; its format shows in its first row."""
     source = SourceSettings(path=file)
     _, first = next(iter(load_rows(source)))
     data = recipe.data.model_copy(update={"format": "text" if "text" in first else recipe.data.format})
     examples = build_examples(data, source, tokenizer, None, progress=False)
-    losses = _cross_entropies(model, data, list(examples), len(tokenizer))
-    return sum(total for total, _ in losses) / sum(count for _, count in losses)
+    return _cross_entropies(model, data, list(examples), len(tokenizer))
 
 
-def _cross_entropies(
-    model: Any, data: DataSettings, examples: Sequence[Example], vocab_size: int
-) -> list[tuple[float, int]]:
-    """Return (sum, count) for every row, in order; rows lie packed, as many as data.max_tokens holds."""
+def _cross_entropies(model: Any, data: DataSettings, examples: Sequence[Example], vocab_size: int) -> list[float]:
+    """Return the cross-entropy of every row, in order; rows lie packed, as many as data.max_tokens holds."""
     groups: list[list[Example]] = [[]]
     for row in examples:
         if groups[-1] and sum(len(one.tokens) for one in groups[-1]) + len(row.tokens) > data.max_tokens:

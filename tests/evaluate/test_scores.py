@@ -8,7 +8,7 @@ from rouge_score import rouge_scorer
 from deltakd.base.errors import DataError
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
-from deltakd.evaluate.compare import CROSS_ENTROPY, ModelScores, compare, markdown_table
+from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table
 from deltakd.evaluate.cross_entropy import cross_entropy_rows
 from deltakd.evaluate.scores import ROUGE, paired_difference, rouge_rows
 from deltakd.models.load import load_model
@@ -54,7 +54,8 @@ def scores(label: str, rouge: float, cross_entropy: float) -> ModelScores:
     rng = np.random.default_rng(0)
     rows = {name: list(rouge + 0.01 * rng.normal(size=30)) for name in ROUGE}
     rows[CROSS_ENTROPY] = list(cross_entropy + 0.01 * rng.normal(size=30))
-    return ModelScores(label, "folder", "id", rows, cross_entropy, {"raw": 1.0}, 0)
+    rows[f"{KEPT}raw"] = [1.0, 2.0]
+    return ModelScores(label, "folder", "id", rows, 0)
 
 
 def test_a_teacher_that_is_not_clearly_better_is_warned_about():
@@ -68,7 +69,7 @@ def test_the_table_has_a_row_a_model_and_differences_to_the_baseline():
     table = markdown_table(compare([scores("sft", 0.5, 1.0), scores("delta", 0.7, 0.5)], "sft", None, 200, 0))
     rows = [line for line in table.splitlines() if line.startswith("| ")]
     assert len(rows) == 3
-    assert rows[1] == "| sft | 49.9 | 50.3 | 50.2 | 1.000 | 1.000 |"
+    assert rows[1] == "| sft | 49.9 | 50.3 | 50.2 | 1.000 | 1.500 |"
     assert rows[2].count("(+20.0 [+20.0, +20.0])") == 3 and "0.500 (-0.500 [-0.500, -0.500])" in rows[2]
 
 
@@ -78,8 +79,7 @@ def test_cross_entropy_of_each_row_is_torch_s_own(lab):
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 300, (n,), generator=generator) for n in (7, 12, 5)]
     batch = pack([Example(d.int().numpy(), (torch.arange(len(d)) >= 3).numpy()) for d in documents])
-    for (total, count), tokens in zip(cross_entropy_rows(model, [batch], 300), documents, strict=True):
+    for value, tokens in zip(cross_entropy_rows(model, [batch], 300), documents, strict=True):
         logits = model(input_ids=tokens[None]).logits[0, 2:-1, :300]
-        expected = torch.nn.functional.cross_entropy(logits, tokens[3:], reduction="sum")
-        assert count == len(tokens) - 3
-        assert total == pytest.approx(expected.item(), rel=1e-5)
+        expected = torch.nn.functional.cross_entropy(logits, tokens[3:])
+        assert value == pytest.approx(expected.item(), rel=1e-5)
