@@ -9,7 +9,6 @@ from deltakd.evaluate.settings import EvaluationSettings
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
-
 PROMPTS = ("what has anna", "a", "number 7 ? the drum", "carl has")
 
 
