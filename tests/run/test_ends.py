@@ -20,15 +20,17 @@ def wait_until(condition, what: str) -> None:
         time.sleep(0.05)
 
 
-def leftovers(started: float) -> list[Path]:
-    return [path for path in SHARED.iterdir() if path.stat().st_ctime >= started]
+def shared_folders(pids: list[int]) -> set[Path]:
+    """Return the folders and files in /dev/shm that these processes have mapped."""
+    maps = {Path(line.path) for pid in pids for line in psutil.Process(pid).memory_maps()}
+    named = {path for path in maps if SHARED in path.parents and not path.name.endswith("(deleted)")}
+    return {path if path.parent == SHARED else path.parent for path in named}
 
 
 class Running:
     """A long run in the background with everything that belongs to it."""
 
     def __init__(self, lab, name: str, ranks: int | None) -> None:
-        self.started = time.time()
         self.directory = lab.folder / "runs" / name
         self.log = lab.folder / f"{name}.log"
         command = lab.command(f"run={name}", "train.steps=100000", ranks=ranks)
@@ -46,11 +48,13 @@ class Running:
             *psutil.Process(self.launcher.pid).children(recursive=True),
         ]
         self.by_role = {(line["role"], line["rank"]): line["pid"] for line in lab.lines(f"{name}", "processes.jsonl")}
+        self.shared = shared_folders(list(self.by_role.values()))
+        assert any(path.is_dir() for path in self.shared)
 
     def ends_clean(self) -> None:
         _, alive = psutil.wait_procs(self.processes, timeout=DEADLINE_S)
         assert not alive, [process.cmdline() for process in alive]
-        wait_until(lambda: not leftovers(self.started), "an empty /dev/shm")
+        wait_until(lambda: not any(path.exists() for path in self.shared), "an empty /dev/shm")
         assert not (self.directory / "export").exists() and not (self.directory / "finished.json").exists()
 
 
