@@ -20,6 +20,7 @@ install-dev: $(VENV)/.installed-dev
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "deltakd needs Python 3.11 or newer; call make with PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV), some minutes the first time"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet $$(grep '^torch' requirements.txt)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -r requirements.txt
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps -e .

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
+from deltakd.base.processes import end_with_launchers
 
 SILENCE_S = 4.0
 
@@ -67,8 +68,18 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
-    options = parser().parse_args(arguments)
+    options = parse(parser(), arguments)
     return guarded(lambda: _dispatch(options))
+
+
+def parse(command_line: argparse.ArgumentParser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments with `key.sub=value` overrides before, between or after the options."""
+    options, rest = command_line.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
+    if unknown:
+        command_line.error(f"unrecognized arguments: {' '.join(unknown)} (a setting is written key.sub=value)")
+    options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _dispatch(options: argparse.Namespace) -> None:
@@ -95,6 +106,7 @@ def _dispatch(options: argparse.Namespace) -> None:
 
 def guarded(life: Callable[[], None]) -> int:
     """Live a process's life; a fault that its reader can act on becomes one sentence and exit code 2."""
+    end_with_launchers()
     try:
         life()
     except DeltaKDError as error:

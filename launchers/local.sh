@@ -9,12 +9,14 @@ recipe=$1 && shift
 students=1 teachers=1
 case ${1:-} in [0-9]*) students=$1 && shift ;; esac
 case ${1:-} in [0-9]*) teachers=$1 && shift ;; esac
-python=${PYTHON:-python}
+python=${PYTHON:-$here/../.venv/bin/python}
+[ -x "$python" ] || python=python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MASTER_ADDR=127.0.0.1
 # A free port, asked of the kernel; two runs on one machine do not meet.
 MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
 export MASTER_PORT
 launch=local-$$
+export DELTAKD_LAUNCHERS=$$  # ranks end with this script, even if it is gone before they look for it
 
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; wait' EXIT

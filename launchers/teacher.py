@@ -8,7 +8,7 @@ deepspeed launchers/train.py --recipe quickstart --launch mine --external-teache
 import argparse
 import sys
 
-from deltakd.__main__ import add_teacher_options, guarded
+from deltakd.__main__ import add_teacher_options, guarded, parse
 
 
 def main() -> int:
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--recipe", required=True, help="a name from recipes/, or a path")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's")
     add_teacher_options(parser)
-    options = parser.parse_args()
+    options = parse(parser)
 
     def life() -> None:
         from deltakd.recipe.load import load

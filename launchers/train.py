@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 
-from deltakd.__main__ import guarded
+from deltakd.__main__ import guarded, parse
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # older launchers pass it; the environment counts
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's")
-    options = parser.parse_args()
+    options = parse(parser)
 
     def life() -> None:
         from deltakd.base.ranks import read_placement

@@ -8,6 +8,7 @@ import ctypes
 import os
 import select
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +20,7 @@ LAUNCHERS = frozenset(
     {"deepspeed", "deepspeed.launcher.launch", "torchrun", "torch.distributed.run"}
     | {"deltakd", "train.py", "teacher.py", "local.sh"}
 )
+HANDED_DOWN = "DELTAKD_LAUNCHERS"
 PR_SET_PDEATHSIG = 1
 EXIT_ORPHANED = 3
 
@@ -44,22 +46,49 @@ def launching_ancestors() -> list[int]:
 def end_with_launchers() -> None:
     """End this process, at once and without cleaning up, when a process that launched it ends.
 
-    What must be removed then is removed by the scratch directory's own janitor, which no death can skip.
+    The first thing that a process of ours does: until then a launcher's death goes unnoticed. Those above us are found
+    by their command lines and in DELTAKD_LAUNCHERS, which every process of ours hands down (`pid:start` or `pid`), so
+    that a launcher that died while we started is missed as well. What must be removed then is removed by the scratch
+    folder's own janitor, which no death can skip.
     """
     ancestors = launching_ancestors()
+    handed_down = [entry for entry in os.environ.get(HANDED_DOWN, "").split(",") if entry]
+    if _is_orphan(ancestors) or not all(_is_same(entry) for entry in handed_down):
+        os._exit(EXIT_ORPHANED)
     parent = os.getppid()
     if parent in ancestors:
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             os._exit(EXIT_ORPHANED)
     descriptors = []
-    for pid in ancestors:
+    for pid in {*ancestors, *(int(entry.partition(":")[0]) for entry in handed_down)} - {os.getpid()}:
         try:
             descriptors.append(os.pidfd_open(pid))
         except ProcessLookupError:
             os._exit(EXIT_ORPHANED)
+    own = f"{os.getpid()}:{psutil.Process().create_time()}"
+    os.environ[HANDED_DOWN] = ",".join(dict.fromkeys([*handed_down, own]))
     if descriptors:
         threading.Thread(target=_end_with_first, args=(descriptors,), name="launcher-watch", daemon=True).start()
+
+
+def _is_orphan(ancestors: list[int]) -> bool:
+    """Tell whether one of deepspeed's launchers above us is gone already, and what it started is init's now."""
+    chain = [psutil.Process(pid) for pid in ancestors if psutil.pid_exists(pid)]
+    launchers = [process for process in chain if "deepspeed.launcher.launch" in process.cmdline()]
+    started_by_one = any(word.startswith("--local_rank") for word in sys.argv)  # which passes it, as no other does
+    return (started_by_one and not launchers) or any(
+        process.ppid() == 1 and 1 not in ancestors for process in launchers
+    )
+
+
+def _is_same(entry: str) -> bool:
+    """Tell whether a process that was handed down still runs, and is not another one under its number."""
+    pid, _, started = entry.partition(":")
+    try:
+        return not started or psutil.Process(int(pid)).create_time() == float(started)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _end_with_first(descriptors: list[int]) -> None:

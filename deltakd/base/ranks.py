@@ -35,7 +35,12 @@ def read_placement(environ: Mapping[str, str]) -> Placement:
     """Read the placement that deepspeed, torchrun or srun wrote into the environment."""
 
     def first(default: int, *names: str) -> int:
-        return next((int(environ[name]) for name in names if name in environ), default)
+        name = next((name for name in names if name in environ), None)
+        if name is None:
+            return default
+        if not environ[name].isdigit():
+            raise RunError(f"launch: {name}={environ[name]!r} is no number. Start with deepspeed, torchrun or srun.")
+        return int(environ[name])
 
     num_ranks = first(1, "WORLD_SIZE", "SLURM_NTASKS")
     placement = Placement(
@@ -44,7 +49,7 @@ def read_placement(environ: Mapping[str, str]) -> Placement:
         local_rank=first(0, "LOCAL_RANK", "SLURM_LOCALID"),
         num_local_ranks=first(num_ranks, "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"),
     )
-    if placement.num_ranks % placement.num_local_ranks:
+    if not placement.num_local_ranks or placement.num_ranks % placement.num_local_ranks:
         raise RunError(
             f"launch: {placement.num_ranks} processes do not split over nodes of {placement.num_local_ranks}. "
             "Start the same number of processes on every node."

@@ -61,9 +61,10 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             return os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that holds a null byte
             raise RunError(
-                f"{self.path}: cannot be written ({error.strerror}). Write root=... with a folder that can."
+                f"{self.path}: cannot be written ({getattr(error, 'strerror', error)}). "
+                "Write root=... with a folder that can."
             ) from error
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
@@ -104,7 +105,12 @@ class RunDirectory:
     def finished(self) -> dict[str, Any] | None:
         """Return what `finish` wrote, or None."""
         path = self.path / FINISHED
-        return dict(json.loads(path.read_text())) if path.exists() else None
+        try:
+            return dict(json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{path}: not what a run writes ({error}). Remove the folder {self.path}.") from error
 
     def changes(self, recipe_text: str) -> list[str]:
         """List what differs between this directory's recipe and another and matters, as `key: old, now new`."""

@@ -33,6 +33,11 @@ class ExampleCounts:
     tokens: int = 0
     supervised_tokens: int = 0
 
+    @property
+    def left_out(self) -> int:
+        """Rows that are not learnt from, or not whole."""
+        return self.dropped_over_long + self.truncated + self.dropped_unsupervised + self.dropped_in_validation
+
     def describe(self) -> str:
         """Say it in one line, without what did not happen."""
         left_out = {

@@ -31,8 +31,11 @@ class Rows:
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield `file:row`, counted from one, and the row."""
         for name, dataset, first in self.parts:
-            for index, row in enumerate(dataset):
-                yield f"{name}:{first + index}", row
+            try:
+                for index, row in enumerate(dataset):
+                    yield f"{name}:{first + index}", row
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
 
 
 def load_rows(source: SourceSettings) -> Rows:

@@ -24,6 +24,7 @@ from deltakd.data.sources import load_rows
 from deltakd.data.template import CHATML, END_OF_TEXT, IM_END, IM_START
 
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 
 
@@ -36,6 +37,9 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, revision: str | N
         if not could_be_hub_id(path):
             raise ModelError(f"{path}: does not exist. Write the folder of a tokenizer, or a hub id.")
         refuse_unreachable("model", path, revision, ModelError)
+    elif folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES):
+        # transformers would make an empty one of the model's family, without a word.
+        raise ModelError(f"{path}: holds no tokenizer. Write a folder with tokenizer.json, or copy one there.")
     try:
         if _is_generic(folder):
             return PreTrainedTokenizerFast.from_pretrained(str(folder))

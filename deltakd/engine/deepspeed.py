@@ -67,7 +67,13 @@ def join_students(role: Role) -> TorchWorld:
     # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a
     # lock that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False)
+    try:
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise RunError(
+            f"launch: the students cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
+        ) from error
     return TorchWorld("cpu" if torch.distributed.get_backend() == "gloo" else f"cuda:{role.local_index}")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
@@ -37,9 +38,9 @@ def _one_sentence(where: str, weights: str) -> Iterator[None]:
     """Turn what the hub and transformers raise for a missing or broken model into one sentence."""
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
             f"{where}: {weights} cannot be loaded ({type(error).__name__}: {reason[:200]}). "
@@ -76,12 +77,19 @@ def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
 
     logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=getattr(torch, settings.dtype),
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
+        )
+    # transformers fills what is missing with random numbers and goes on.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{where}: {folder} lacks {len(missing)} tensors of its model ({missing[0]}). Fetch or export it again."
         )
     return model.eval()
 
@@ -90,21 +98,25 @@ def facts(where: str, folder: Path) -> ModelFacts:
     """Read a model's facts from its config and the headers of its weights; costs milliseconds at any size."""
     from safetensors import safe_open
 
-    config = json.loads((folder / "config.json").read_text())
-    config = config.get("text_config", config)
-    file, name = _find_head(where, folder)
-    with safe_open(file, framework="pt") as weights:
-        head_rows = weights.get_slice(name).get_shape()[0]
-    return ModelFacts(str(folder), identity(folder), int(config["hidden_size"]), int(head_rows))
+    with _one_sentence(where, str(folder)):
+        config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config", config)
+        file, name = _find_head(where, folder)
+        with safe_open(file, framework="pt") as weights:
+            head_rows = weights.get_slice(name).get_shape()[0]
+        return ModelFacts(str(folder), identity(folder), int(config["hidden_size"]), int(head_rows))
 
 
 def load_head(where: str, folder: Path, dtype: torch.dtype, vocab_size: int) -> Tensor:
     """Load the first `vocab_size` rows of a model's head [V, H] and nothing else of it."""
     from safetensors import safe_open
 
-    file, name = _find_head(where, folder)
-    with safe_open(file, framework="pt") as weights:
-        head: Tensor = weights.get_slice(name)[:vocab_size]
+    with _one_sentence(where, str(folder)):
+        file, name = _find_head(where, folder)
+        with safe_open(file, framework="pt") as weights:
+            head: Tensor = weights.get_slice(name)[:vocab_size]
+    if not torch.isfinite(head).all():
+        raise ModelError(f"{where}: the head of {folder} holds numbers that are not finite. Fetch or export it again.")
     return head.to(dtype).contiguous()
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from glob import has_magic
 from pathlib import Path
 
-from deltakd.base.errors import DataError, RecipeError
-from deltakd.base.hub import could_be_hub_id
+from deltakd.base.errors import DataError, ModelError, RecipeError
+from deltakd.base.hub import could_be_hub_id, refuse_unreachable
 from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import local_files
 from deltakd.losses.settings import needed_references
@@ -66,6 +66,17 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
     for label, path in recipe.evaluation.kept.items():
         if path is not None:
             _check_files(recipe, f"evaluation.kept.{label}", path, where, name)
+
+
+def check_hub(recipe: Recipe, where: Where) -> None:
+    """Raise ModelError, after seconds, if a model that the objective needs is on a hub that cannot be reached."""
+    for role in ["student", *sorted(needed_references(recipe.objective))]:
+        model = getattr(recipe.models, role)
+        if model is not None and could_be_hub_id(model.weights):
+            try:
+                refuse_unreachable("model", model.weights, model.revision, ModelError)
+            except ModelError as error:
+                raise ModelError(f"{where(f'models.{role}.weights')}: {error}") from error
 
 
 def _check_root(recipe: Recipe, where: Where) -> None:

@@ -52,7 +52,9 @@ def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = N
     base = _validate(_override(tree, overrides), None)
     if stage is None:
         return base
-    return _validate(_override(_enter_stage(tree, base, stage, overrides), overrides), stage)
+    entered = _enter_stage(tree, base, stage, overrides)
+    meant = [override for override in overrides if _is_meant_for(override.partition("=")[0], base.tree, entered)]
+    return _validate(_override(entered, meant), stage)
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -144,9 +146,11 @@ def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
 def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str]) -> Marked:
     """Lay a stage's changes on the file's tree and name the run after it."""
     names = [known.name for known in base.recipe.pipeline]
-    if stage not in names:
-        known = ", ".join(names) or "none, the recipe has no pipeline"
-        raise RecipeError(f"{base.where('pipeline')}: no stage is named {stage}. Known stages: {known}.")
+    trainings = [known.name for known in base.recipe.pipeline if known.kind == "train"]
+    if stage not in trainings:
+        what = "does not train" if stage in names else "is in no pipeline here"
+        known = f"Write one of {', '.join(trainings)}" if trainings else "Leave --stage out"
+        raise RecipeError(f"{base.where('pipeline')}: stage {stage} {what}. {known}.")
     if any(override.partition("=")[0] == "run" for override in overrides):
         raise RecipeError(f"{COMMAND_LINE}: run: a stage's run has the stage's name, here {stage}. Leave run out.")
     entry, _ = nearest(base.tree, ("pipeline", names.index(stage)))
@@ -159,6 +163,23 @@ def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str
             )
         tree = merge(tree, Marked(changes.value, tree.place))
     return merge(tree, Marked({"run": Marked(stage, entry.place, stage)}, tree.place))
+
+
+def _is_meant_for(key: str, base: Marked, stage: Marked) -> bool:
+    """Tell whether an override of the recipe also means a stage: alpha means nothing where the stage's target has none.
+
+    It does not where a mapping on the way has another `name` in the stage than in the recipe, unless it sets the name.
+    """
+    steps = key.split(".")
+    for depth in range(1, len(steps)):
+        names = []
+        for tree in (base, stage):
+            here, reached = nearest(tree, steps[:depth])
+            is_named = reached == depth and isinstance(here.value, dict) and "name" in here.value
+            names.append(here.value["name"].value if is_named else None)
+        if names[0] != names[1] and steps[depth:] != ["name"]:
+            return False
+    return True
 
 
 def _validate(tree: Marked, stage: str | None) -> Loaded:

@@ -5,6 +5,7 @@ the pipeline is nothing but the commands, in order. Their output goes to log.txt
 stage follows its steps.jsonl. What a stage made is never made again, and a recipe that changed under it is refused.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,13 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.base.errors import DeltaKDError, RunError
-from deltakd.base.processes import end_with_launchers
 from deltakd.base.rundir import RunDirectory, machine_facts, remove
-from deltakd.recipe.checks import check_every_stage, check_paths
+from deltakd.data.examples import ExampleCounts
+from deltakd.recipe.checks import check_every_stage, check_hub, check_paths
 from deltakd.recipe.load import Loaded, find_recipe, load
 from deltakd.recipe.ranks import is_finished
 from deltakd.recipe.schema import Recipe, StageSettings
-from deltakd.train.records import describe
+from deltakd.train.records import describe, describe_briefly
 
 LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 POLL_S = 0.2
@@ -31,7 +32,6 @@ POLL_S = 0.2
 
 def run(name: str, overrides: Sequence[str], num_processes: int | None) -> None:
     """Run every stage that is not finished, and print the last table and where the results lie."""
-    end_with_launchers()
     base = check_every_stage(name, overrides)[0]
     if not base.recipe.pipeline:
         raise RunError(f"{base.where('pipeline')}: no stages. Write some, or use `deltakd train {name}`.")
@@ -97,9 +97,12 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
         console.print(f"{stage}: finished before")
         return
     check_paths(recipe, loaded.where, name)
+    check_hub(recipe, loaded.where)
     command = launch_command(recipe, name, overrides, stage, num_processes)
     directory.path.mkdir(parents=True, exist_ok=True)
     log = directory.path / "log.txt"
+    if not console.is_terminal:
+        console.print(f"{stage}: {recipe.train.steps:,} steps; output in {log}", soft_wrap=True)
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=launch_environment()
@@ -115,13 +118,16 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
         raise _failure(stage, log, process.returncode)
     if not console.is_terminal and (last := directory.last_line("steps.jsonl")):
         console.print(f"{stage}: {last['step']} steps, {describe(last)}", soft_wrap=True)
+    counts = ExampleCounts(**json.loads((directory.path / "run.json").read_text())["data"])
+    if counts.left_out:
+        console.print(f"{stage}: {counts.describe()}", soft_wrap=True)
 
 
 def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, steps: int, console: Console) -> None:
     """Show a bar of the stage's steps until its process ends."""
     columns = (
         TextColumn(f"{stage:<14}"),
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TextColumn("{task.fields[text]}"),
     )
@@ -132,7 +138,7 @@ def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, s
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=POLL_S)
             if last := run.last_line("steps.jsonl"):
-                bar.update(task, completed=last["step"], text=describe(last))
+                bar.update(task, completed=last["step"], text=describe_briefly(last))
             if process.returncode is not None:
                 return
 

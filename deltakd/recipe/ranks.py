@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from deltakd.base.errors import RunError
-from deltakd.base.processes import end_with_launchers, is_alive, launch_identity, resident_bytes
+from deltakd.base.processes import is_alive, launch_identity, resident_bytes
 from deltakd.base.ranks import Placement, Role, assign_role
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.scratch import Scratch
@@ -56,7 +56,6 @@ class Launch:
 
 def run_rank(loaded: Loaded, launch: Launch) -> None:
     """Live this process's life in the run: train or serve, by its local rank."""
-    end_with_launchers()
     use_threads()
     recipe = loaded.recipe
     num_teachers = recipe.teachers.per_node if _wants_service(recipe) else 0
@@ -79,7 +78,10 @@ def _wants_service(recipe: Recipe) -> bool:
 
 def use_threads() -> None:
     """Take one thread per process unless OMP_NUM_THREADS says otherwise, so that sums do not depend on the node."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    threads = os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]
+    if not threads.isdigit() or int(threads) < 1:
+        raise RunError(f"OMP_NUM_THREADS: {threads!r} is no number of threads. Write 1 or more.")
+    torch.set_num_threads(int(threads))
 
 
 def student(loaded: Loaded, role: Role, launch_name: str | None) -> None:
@@ -138,15 +140,17 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     finished = run.finished()
     if finished is None:
         return False
+    if "inputs" not in finished:
+        raise RunError(f"{run.path}: made by another stage, not by a training. Write run=... with another name.")
     changes = run.changes(dump_recipe(recipe))
     for role, before in finished["inputs"].items():
-        folder = Path(model_of(recipe, role).weights)
+        folder = Path(model_of(recipe, role).weights).expanduser()
         if folder.is_dir() and identity(folder) != before:
             changes.append(f"models.{role}: {folder} has been made anew since")
     if changes:
         raise RunError(
             f"{run.path}: finished with another recipe ({'; '.join(changes[:3])}). "
-            "Write root=... for a new place, or remove the folder."
+            "Write run=... with another name (root=... moves all stages), or remove the folder."
         )
     return True
 
@@ -192,10 +196,12 @@ def _expect_teacher(loaded: Loaded, run: RunDirectory, launch: str, index: int, 
 
 def serve(loaded: Loaded, index: int, num_students: int, launch: str | None, device: str) -> None:
     """Serve the run's frozen models to this node's students until all of them have left."""
-    end_with_launchers()
     use_threads()
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
+    if not _wants_service(recipe) or is_finished(run, recipe):
+        print(f"teacher {index}: nothing to serve for {run.path}", flush=True)
+        return
     device = device if torch.cuda.is_available() else "cpu"
     check_paths(recipe, loaded.where, Path(recipe.root).name)
     inputs = read_inputs(recipe, loaded.where)
@@ -206,9 +212,11 @@ def serve(loaded: Loaded, index: int, num_students: int, launch: str | None, dev
         }
         with TeacherServer(index, scratch.path, launch, models, inputs.fingerprint, inputs.spec, device) as server:
             server.serve(
-                num_students, on_first=lambda: _record_process(run, "teacher", index, device, list(models), [])
+                num_students,
+                recipe.teachers.start_s,
+                on_first=lambda: _record_process(run, "teacher", index, device, list(models), []),
             )
-        print(f"teacher {index}: {dict(server.counts)}", flush=True)
+        print(f"teacher {index}: {server.counts['scored']:,} answers, {server.counts['tokens']:,} tokens", flush=True)
 
 
 def _record_process(

@@ -86,11 +86,20 @@ class TeacherServer:
         self._context.term()
         socket_path(self._scratch, self.index).unlink(missing_ok=True)
 
-    def serve(self, num_students: int, on_first: Callable[[], None]) -> None:
-        """Answer until `num_students` student ranks have said Bye; `on_first` is called when the first is welcome."""
+    def serve(self, num_students: int, start_s: float, on_first: Callable[[], None]) -> None:
+        """Answer until `num_students` student ranks have said Bye; `on_first` is called when the first is welcome.
+
+        Raises TeacherError if no student comes within `start_s` seconds.
+        """
         self._on_first = on_first
+        deadline = time.monotonic() + start_s
         while len(self._left) < num_students and not self._stopped:
             if not self._socket.poll(POLL_MS):
+                if not self._left and not self._arenas and time.monotonic() > deadline:
+                    raise TeacherError(
+                        f"teacher {self.index}: no student has come for {start_s:g} s. Start the students with the "
+                        "same recipe and --launch, or raise teachers.start_s."
+                    )
                 continue
             parts = self._socket.recv_multipart()
             received = time.perf_counter()

@@ -72,7 +72,7 @@ class Records:
         if self._wandb is not None:
             self._wandb.log({name: values[name] for name in PLOTTED}, step=record.step)
         text = describe(values)
-        self._bar.update(self._task, completed=record.step, text=text)
+        self._bar.update(self._task, completed=record.step, text=describe_briefly(values))
         if not self._is_terminal:
             print(f"step {record.step}/{self._num_steps}  {text}", flush=True)
 
@@ -83,3 +83,9 @@ def describe(record: dict[str, Any]) -> str:
         f"loss {record['loss']:.4f}  grad_norm {record['grad_norm']:.3f}  lr {record['learning_rate']:.2e}  "
         f"{record['num_tokens'] / record['step_s']:,.0f} tokens/s  waiting {record['wait_s'] / record['step_s']:.1%}"
     )
+
+
+def describe_briefly(record: dict[str, Any]) -> str:
+    """Say a step beside a progress bar, on a terminal of 80 columns."""
+    waiting = record["wait_s"] / record["step_s"]
+    return f"loss {record['loss']:.3f} {record['num_tokens'] / record['step_s']:,.0f} tok/s wait {waiting:.0%}"

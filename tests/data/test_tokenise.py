@@ -80,7 +80,7 @@ def test_a_change_of_rows_settings_or_tokenizer_is_never_answered_from_the_cache
     build(file, words, cache)
     assert build(file, words, cache, max_tokens=10).counts.dropped_over_long == 1
     assert build(file, words, cache, max_tokens=10, over_long="truncate").counts.truncated == 1
-    assert build(file, byte_bpe, cache).counts.tokens > 44
+    assert build(file, byte_bpe, cache).tokens.tolist() == build(file, byte_bpe).tokens.tolist()
     write("a.jsonl", [SHORT, LONG_ANSWER, LONG_QUESTION])
     assert len(build(file, words, cache)) == 3
     assert build(file, words, cache, layout="padded") is not None

@@ -68,14 +68,29 @@ def test_the_command_line_wins_over_the_stage_the_stage_over_the_file_and_the_fi
     assert load_recipe("child", ["train.steps=5", "train.steps=6"]).train.steps == 6
 
 
+def test_an_override_means_the_stages_that_have_its_setting_and_leaves_the_others_alone():
+    path = written(
+        "extends: base\nobjective: {target: {name: delta, alpha: 0.5}}\n"
+        "pipeline: [{name: plain, train: {objective: {target: {name: teacher}}}}, {name: shifted, train: {}}]\n"
+    )
+    targets = {
+        stage: load_recipe(path, ["objective.target.alpha=0.9"], stage).objective.target
+        for stage in ("plain", "shifted")
+    }
+    assert targets["plain"].name == "teacher" and targets["shifted"].alpha == 0.9
+    assert load_recipe(path, ["objective.target={name: delta, alpha: 1}"], "plain").objective.target.alpha == 1
+
+
 def test_a_stage_names_its_run_and_leaves_root_to_the_file_that_the_user_named():
     assert (load_recipe("child").directory, load_recipe("child", stage="sft").directory) == (
         "runs/child/train",
         "runs/child/sft",
     )
-    assert load_recipe("child", stage="words").run == "words"
+    assert refusal("child", stage="words") == (
+        "recipes/child.yaml:4: pipeline: stage words does not train. Write one of sft."
+    )
     assert refusal("child", stage="x") == (
-        "recipes/child.yaml:4: pipeline: no stage is named x. Known stages: words, sft."
+        "recipes/child.yaml:4: pipeline: stage x is in no pipeline here. Write one of sft."
     )
     assert refusal("child", "run=x", stage="sft").startswith("command line: run: a stage's run has the stage's name")
     path = written(CHILD.replace("train: {steps: 3}", "root: elsewhere"))

@@ -1,14 +1,18 @@
 """What a user gets wrong: one sentence with where, what and what to do, exit code 2, nothing half-written."""
 
 import json
+import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from deltakd.__main__ import guarded
 from deltakd.base.ranks import Placement
+from deltakd.base.rundir import write_json
 from deltakd.data.settings import TokenizerSettings
 from deltakd.data.tokenizer import train_tokenizer
 from deltakd.models.new import write_new_model
@@ -39,6 +43,7 @@ FILES = {
     "long.jsonl": rows((turn("user"), turn("assistant", "word " * 500))),
 }
 
+IN = "references.source=in_process"
 CASES = {
     "unknown key": (["train.stepps=3"], r"command line: train\.stepps: .*Write (train\.)?steps"),
     "wrong type": (["train.learning_rate=fast"], r"command line: train\.learning_rate: .*fast"),
@@ -57,6 +62,18 @@ CASES = {
     "a folder that is no model": (["models.student.weights={folder}"], r"models\.student\.weights: "),
     "a foreign tokenizer": (["models.teacher.weights={folder}/foreign"], r"models\.teacher\.weights: .*id \d+ is"),
     "a head that is too small": (["models.teacher_raw.weights={folder}/small"], r"models\.teacher_raw: .*250 rows"),
+    "weights that lack a tensor": (["models.teacher.weights={folder}/lacking", IN], r"lacks 1 tensors .*up_proj"),
+    "truncated weights": (
+        ["models.teacher.weights={folder}/truncated"],
+        r"models\.teacher\.weights: .*cannot be loaded",
+    ),
+    "a model without a tokenizer": (["models.student.weights={folder}/mute"], r"mute: holds no tokenizer"),
+    "a head that is not finite": (
+        ["models.teacher.weights={folder}/nan"],
+        r"models\.teacher\.weights: the head of .*nan",
+    ),
+    "text that is not UTF-8": (["data.train.path={folder}/latin.jsonl"], r"latin\.jsonl: .*UTF-8"),
+    "the folder of another stage": (["run=stage"], r"runs/stage: made by another stage"),
     "shared memory too small": (
         ["train.tokens_per_micro_batch=900000000", "train.tokens_per_step=900000000", "references.payload=logits"],
         r"/dev/shm/deltakd-\w+: the slots need [\d,.]+ MiB, [\d,.]+ MiB are free\. Lower ",
@@ -76,6 +93,19 @@ def folder(lab, tmp_path_factory) -> Path:
     size = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 8}
     write_new_model(NewModelSettings(tokenizer=str(path / "foreign_tokenizer"), **size), path / "foreign")
     write_new_model(NewModelSettings(tokenizer=str(lab.folder / "tokenizer"), head_rows=250, **size), path / "small")
+    (path / "latin.jsonl").write_bytes(rows(GOOD).replace("hello", "h\u00e9llo").encode("latin-1"))
+    write_json(lab.folder / "runs" / "stage" / "finished.json", {"settings": {}})
+    for name in ("lacking", "truncated", "mute", "nan"):
+        shutil.copytree(lab.folder / "teacher", path / name)
+    weights = load_file(path / "lacking" / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, path / "lacking" / "model.safetensors", {"format": "pt"})
+    os.truncate(path / "truncated" / "model.safetensors", 100)
+    for file in (path / "mute").glob("tokenizer*"):
+        file.unlink()
+    weights = load_file(path / "nan" / "model.safetensors")
+    weights["lm_head.weight"][3] = float("nan")
+    save_file(weights, path / "nan" / "model.safetensors", {"format": "pt"})
     return path
 
 
@@ -83,7 +113,10 @@ def folder(lab, tmp_path_factory) -> Path:
 def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, case):
     overrides, said = CASES[case]
     run = "bad_" + re.sub(r"\W", "_", case)
-    given = [override.replace("{folder}", str(folder)) for override in [*overrides, f"run={run.lower()}"]]
+    given = [
+        override.replace("{folder}", str(folder))
+        for override in [*overrides, *([] if "run=" in str(overrides) else [f"run={run.lower()}"])]
+    ]
     launch = Launch(Placement(0, 2, 0, 2)) if "two students" in case else ALONE
     before = set(Path("/dev/shm").rglob("*"))
     if "two students" in case:
@@ -93,7 +126,7 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, c
 
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("deltakd: ")]
     assert len(lines) == 1 and re.search(said, lines[0]), lines
-    assert re.search(r"\. (Write|Lower|Take|Add|Mend|Correct|Remove)[^.]* .*\.$", lines[0]), lines[0]
+    assert re.search(r"\. (Write|Lower|Take|Add|Fetch|Convert|Remove)[^.]* .*\.$", lines[0]), lines[0]
     left = lab.folder / "runs" / run.lower()
     assert not any((left / name).exists() for name in ("export", "export.part", "steps.jsonl", "finished.json"))
     assert not [path for path in Path("/dev/shm").rglob("arena*") if path not in before]

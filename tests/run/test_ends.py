@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 DEADLINE_S = 60  # far beyond the 10 s that users are told, since the machine of a test may be busy
+REPOSITORY = Path(__file__).parents[2]
 SHARED = Path("/dev/shm")
 
 
@@ -89,6 +90,38 @@ def test_killing_any_process_ends_all(lab, ranks, victim):
         for process in running.processes:
             if process.is_running():
                 process.kill()
+
+
+@pytest.mark.parametrize("start,child", [("deepspeed", "train.py"), ("python", "serve"), ("local.sh", "train.py")])
+def test_a_launcher_killed_while_its_ranks_still_start_leaves_none_of_them(lab, start, child):
+    """Imports take seconds, in which a rank has not looked for its launchers yet."""
+    command = {
+        "deepspeed": lab.command("run=early_1", "train.steps=100000", ranks=1),
+        "python": lab.command("run=early_2", "train.steps=100000"),
+        "local.sh": ["bash", f"{REPOSITORY}/launchers/local.sh", str(lab.recipe), "1", "1", "run=early_3"],
+    }[start]
+    with (lab.folder / "early.log").open("wb") as output:
+        launcher = subprocess.Popen(
+            command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
+        )
+    family = psutil.Process(launcher.pid)
+
+    def started() -> bool:
+        return any(child in Path(word).name for one in family.children(recursive=True) for word in cmdline(one))
+
+    wait_until(started, f"{child} of {start}")
+    descendants = family.children(recursive=True)
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=DEADLINE_S)
+    assert not alive, [cmdline(process) for process in alive]
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def test_a_run_directory_in_use_is_refused_and_the_live_run_goes_on(lab):

@@ -94,6 +94,28 @@ def test_the_run_directory_tells_the_whole_run(lab, delta):
     assert by_role["student"]["pid"] != by_role["teacher"]["pid"]
 
 
+def test_a_student_with_a_larger_head_than_its_teachers_trains_on_what_they_share_and_keeps_its_own_size(lab):
+    """As the other way round: rows above the smallest head take no part. A repeated row is held out, and counted."""
+    from deltakd.models.new import write_new_model
+    from deltakd.models.settings import NewModelSettings
+
+    shape = {"num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 64, "hidden_size": 32}
+    tokenizer = str(lab.folder / "tokenizer")
+    write_new_model(NewModelSettings(tokenizer=tokenizer, head_rows=333, **shape), lab.folder / "wide")
+    seen = (lab.folder / "train.jsonl").read_text().splitlines()[0]
+    (lab.folder / "held_out.jsonl").write_text(seen + "\n")
+    overrides = [f"models.student.weights={lab.folder}/wide", f"data.validation.path={lab.folder}/held_out.jsonl"]
+    curves = [
+        curve(lab.train(f"wide_{payload}", *overrides, f"references.payload={payload}", "references.dtype=float32"))
+        for payload in ("hidden", "logits")
+    ]
+    for one, other in zip(*curves, strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+    run = lab.folder / "runs" / "wide_hidden"
+    assert load_file(run / "export" / "model.safetensors")["model.embed_tokens.weight"].shape[0] == 333
+    assert json.loads((run / "run.json").read_text())["data"]["dropped_in_validation"] >= 1
+
+
 def test_the_export_is_a_folder_that_transformers_loads(lab, delta):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -16,9 +16,10 @@ from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank, make_arena
-from deltakd.teacher.messages import Hello, Score, Welcome, decode, encode
+from deltakd.teacher.messages import Hello, Score, Scored, Welcome, decode, encode
 from deltakd.teacher.server import Served, TeacherServer, socket_path
 
+FLOAT32 = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
 SPEC = PayloadSpec("hidden", "float32", "packed", 300)
 LAUNCH, TOKENIZER = "test", "fingerprint"
 
@@ -41,10 +42,11 @@ def batches(count: int):
 
 
 @contextmanager
-def serving(folder, model, spec=SPEC, index=0):
+def serving(folder, model, spec=SPEC, index=0, others=None):
     """A teacher rank in a thread of this process: its sockets and its arena are the real ones."""
-    with TeacherServer(index, folder, LAUNCH, {"teacher": Served(model, "w1")}, TOKENIZER, spec) as server:
-        thread = threading.Thread(target=server.serve, args=(1, lambda: None), daemon=True)
+    models = {name: Served(one, "w1") for name, one in {"teacher": model, **(others or {})}.items()}
+    with TeacherServer(index, folder, LAUNCH, models, TOKENIZER, spec) as server:
+        thread = threading.Thread(target=server.serve, args=(1, 60.0, lambda: None), daemon=True)
         thread.start()
         try:
             yield server
@@ -56,9 +58,18 @@ def serving(folder, model, spec=SPEC, index=0):
 
 @contextmanager
 def references(
-    folder, *, spec=SPEC, identity="w1", tokenizer=TOKENIZER, launch=LAUNCH, teachers=1, answer_s=20.0, look_ahead=2
+    folder,
+    *,
+    spec=SPEC,
+    identity="w1",
+    tokenizer=TOKENIZER,
+    launch=LAUNCH,
+    teachers=1,
+    answer_s=20.0,
+    look_ahead=2,
+    models=("teacher",),
 ):
-    models = {"teacher": FrozenFacts(identity, 48)}
+    models = {name: FrozenFacts(identity, 48) for name in models}
     settings = ServiceSettings(look_ahead, start_s=20, answer_s=answer_s, max_tokens=64)
     ranks = [TeacherRank(index, "a log", lambda pid: None) for index in range(teachers)]
     with make_arena(folder, 0, models, spec, settings) as arena:
@@ -170,6 +181,59 @@ def test_the_server_outlives_what_is_malformed_foreign_or_early(tmp_path, teache
     assert server.counts["refused_malformed"] == 7
     assert server.counts["refused_unexpected"] == 1
     assert server.counts["scored"] == 2
+
+
+def test_an_answer_about_other_tokens_never_reaches_a_loss(tmp_path):
+    """A teacher that answers everything with the digest of something else."""
+    context = zmq.Context()
+    router = context.socket(zmq.ROUTER)
+    router.bind(f"ipc://{socket_path(tmp_path, 0)}")
+
+    def answer():
+        peer, _ = router.recv_multipart()
+        router.send_multipart([peer, encode(Welcome(0, 1))])
+        peer, data = router.recv_multipart()
+        score = decode(data)
+        num_bytes = len(score.supervised) // 8 * 48 * 4
+        router.send_multipart([peer, encode(Scored(score.request, score.slot, num_bytes, b"x" * 16, 0.0, 0.0))])
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    with references(tmp_path, look_ahead=0) as service, pytest.raises(TeacherError, match="or about other tokens"):
+        next(service.ahead(batches(1)))
+    thread.join()
+    router.close()
+    context.term()
+
+
+def test_the_digest_of_an_answer_is_of_the_tokens_that_the_teacher_saw(tmp_path, teacher):
+    """A request damaged on its way carries the digest of what was sent."""
+    with serving(tmp_path, teacher) as server, references(tmp_path) as service:
+        batch = batches(1)[0]
+        (request,) = service._ask(batch)
+        damaged = msgspec.structs.replace(request.score, tokens=bytes(len(request.score.tokens)))
+        peer = next(iter(server._arenas))
+        assert server._score(server._arenas[peer], request.score, 0.0).digest == request.score.digest
+        assert server._score(server._arenas[peer], damaged, 0.0).digest != request.score.digest
+
+
+def test_a_teacher_of_several_models_answers_with_the_one_that_was_asked(tmp_path, lab, teacher):
+    raw = load_model("teacher_raw", lab.folder / "teacher_raw", FLOAT32)
+    batch = batches(1)[0]
+    with (
+        serving(tmp_path, teacher, others={"teacher_raw": raw}),
+        references(tmp_path, models=("teacher", "teacher_raw")) as service,
+    ):
+        _, payloads = next(service.ahead([batch]))
+    assert torch.equal(payloads["teacher"], payload(teacher, batch, SPEC))
+    assert torch.equal(payloads["teacher_raw"], payload(raw, batch, SPEC))
+    assert not torch.equal(payloads["teacher"], payloads["teacher_raw"])
+
+
+def test_a_teacher_to_which_no_student_comes_does_not_wait_for_ever(tmp_path, teacher):
+    with TeacherServer(0, tmp_path, LAUNCH, {"teacher": Served(teacher, "w1")}, TOKENIZER, SPEC) as server:
+        with pytest.raises(TeacherError, match=r"no student has come for 0\.1 s"):
+            server.serve(1, 0.1, lambda: None)
 
 
 def test_messages_come_back_as_they_were_sent():

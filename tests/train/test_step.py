@@ -25,12 +25,16 @@ from deltakd.train.step import train_step
 SETTINGS = {"steps": 20, "tokens_per_step": 64, "tokens_per_micro_batch": 64, "learning_rate": 0.5}
 
 
-@pytest.fixture
-def engine(lab):
+def make_engine(lab) -> SingleEngine:
     settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
     model = load_model("student", lab.folder / "student", settings)
     module = StudentModule(model, objective({"sft_weight": 1.0}), "packed", 300)
     return SingleEngine(module, Optimizer(0.1, (0.9, 0.95), 0.0, 1.0), "cpu")
+
+
+@pytest.fixture
+def engine(lab):
+    return make_engine(lab)
 
 
 def batch():
@@ -69,6 +73,21 @@ def test_a_gradient_above_the_limit_is_clipped_and_its_norm_is_told_unclipped(en
     moments = [state["exp_avg"].square().sum() for state in engine._adamw.state.values()]
     assert norm > 2.0
     assert float(sum(moments)) ** 0.5 == pytest.approx(0.1 * 1.0, rel=1e-4)
+
+
+def test_a_step_of_many_micro_batches_is_the_step_of_one(lab):
+    """Two steps each, so that a gradient that is not cleared, not added or weighted twice shows in the weights."""
+    tokens = torch.randint(0, 300, (4, 12), generator=torch.Generator().manual_seed(2))
+    examples = [Example(row.int().numpy(), (torch.arange(12) > 3 + 2 * i).numpy()) for i, row in enumerate(tokens)]
+    results = []
+    for cut in ([examples], [examples[:1], examples[1:]], [[example] for example in examples]):
+        one = make_engine(lab)
+        for number in (1, 2):
+            step(one, number, [pack(part) for part in cut])
+        results.append([parameter.detach().clone() for parameter in one._module.parameters()])
+    for other in results[1:]:
+        for mine, whole in zip(other, results[0], strict=True):
+            torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
 
 
 @given(warmup=st.integers(0, 19), floor=st.floats(0, 1), kind=st.sampled_from(["cosine", "constant"]))
