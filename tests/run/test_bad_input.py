@@ -126,7 +126,7 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, c
 
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("deltakd: ")]
     assert len(lines) == 1 and re.search(said, lines[0]), lines
-    assert re.search(r"\. (Write|Lower|Take|Add|Fetch|Convert|Remove)[^.]* .*\.$", lines[0]), lines[0]
+    assert re.search(r"\. (Write|Lower|Take|Add|Fetch|Convert|Correct|Remove)[^.]* .*\.$", lines[0]), lines[0]
     left = lab.folder / "runs" / run.lower()
     assert not any((left / name).exists() for name in ("export", "export.part", "steps.jsonl", "finished.json"))
     assert not [path for path in Path("/dev/shm").rglob("arena*") if path not in before]
