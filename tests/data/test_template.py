@@ -1,6 +1,7 @@
 """What is learnt: every assistant turn's content and its end-of-turn token, whatever the template and the text."""
 
 import copy
+import unicodedata
 from typing import Any
 
 import pytest
@@ -59,8 +60,13 @@ def chat(*contents: str) -> Conversation:
     return Conversation(tuple(Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(contents)), "f:1")
 
 
-# Any text at all; white space in front may melt into the header's last token, which has its own test below.
-contents = st.text(max_size=20).map(lambda text: text.lstrip()).filter(lambda text: text and "<|" not in text)
+# Any text in Unicode's NFC form, into which Qwen2's tokenizer brings every other; white space in front may melt into
+# the header's last token, which has its own test below.
+contents = (
+    st.text(max_size=20)
+    .map(lambda text: unicodedata.normalize("NFC", text).lstrip())
+    .filter(lambda text: text and "<|" not in text)
+)
 exchanges = st.lists(st.tuples(contents, contents), min_size=1, max_size=3)
 
 
