@@ -18,6 +18,7 @@ LAYERS = {
     "evaluate": 2,
     "train": 4,
     "recipe": 5,
+    "bench": 6,
     "__main__": 7,
     "launchers": 8,
 }

@@ -11,8 +11,12 @@ class DeltaKDError(Exception):
     """A fault that its reader can act on; the message is complete and ends with what to do."""
 
 
-class RecipeError(DeltaKDError):
+class RecipeError(DeltaKDError, ValueError):
     """A recipe or an override that cannot hold."""
+
+
+class LossError(DeltaKDError, ValueError):
+    """Logits, labels or payloads that an objective cannot be taken of."""
 
 
 class DataError(DeltaKDError):

@@ -117,8 +117,8 @@ class DeepSpeedEngine:
             config=config(settings, optimizer, dtype, role.num_students),
         )
 
-    def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        return run_module(self._engine, batch, references)
+    def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
+        return run_module(self._engine, batch, references, alpha)
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)

@@ -44,20 +44,21 @@ class StudentModule(nn.Module):
         supervised: Tensor,
         labels: Tensor,
         references: Mapping[str, Reference],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sums of a LinearLoss; a batch without supervised tokens gives 0 and still runs every layer."""
+        alpha: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return a LinearLoss's parts; a batch without supervised tokens gives 0 and still runs every layer."""
         hidden_NH = supervised_hidden(self.model, TokenBatch(tokens, positions, starts, supervised), self._layout)
         head_VH = head_weight(self.model)
         if len(head_VH) != self._vocab_size:
             head_VH = head_VH[: self._vocab_size]
-        result = linear_loss(hidden_NH, head_VH, references, labels, self._objective)
-        return result.total, result.cross_entropy, result.divergence
+        result = linear_loss(hidden_NH, head_VH, references, labels, self._objective.at(alpha))
+        return result.total, result.statistics
 
 
-def run_module(module: Any, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
+def run_module(module: Any, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
     """Call a wrapped StudentModule."""
     parts = (batch.tokens, batch.positions, batch.starts, batch.supervised, batch.labels)
-    return LinearLoss(*module(*parts, dict(references)))
+    return LinearLoss(*module(*parts, dict(references), alpha))
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ class Engine(Protocol):
 
     device: str
 
-    def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        """Run the student and the loss on one micro-batch; the total is a sum over this rank's tokens."""
+    def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
+        """Run the student and the loss, its target at `alpha`, on one micro-batch; the total is a sum over tokens."""
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
         """Add weight * d total to the gradients, summed over ranks; `last` marks a step's last micro-batch."""

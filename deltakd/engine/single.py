@@ -32,8 +32,8 @@ class SingleEngine:
         groups = parameter_groups(named, optimizer.weight_decay)
         self._adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
 
-    def loss(self, batch: TrainBatch, references: Mapping[str, Reference]) -> LinearLoss:
-        return run_module(self._module, batch, references)
+    def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
+        return run_module(self._module, batch, references, alpha)
 
     def backward(self, total: Tensor, weight: float, last: bool) -> None:
         (total * weight).backward()

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from deltakd.data.packing import PackedBatch
+from deltakd.losses.linear import linear_loss
 from deltakd.losses.objectives import objective
-from deltakd.losses.points import STUDENT
 from deltakd.models.forward import head_weight, supervised_hidden
 
 CHUNK_TOKENS = 512
@@ -25,13 +25,10 @@ def cross_entropy_rows(model: Any, batches: Sequence[PackedBatch], vocab_size: i
     for batch in batches:
         moved = batch.to(str(head_VH.device))
         hidden_NH = supervised_hidden(model, moved, "packed")
-        losses = [
-            sft.evaluate({STUDENT: hidden @ head_VH.T}, labels).cross_entropy
-            for hidden, labels in zip(hidden_NH.split(CHUNK_TOKENS), moved.labels.split(CHUNK_TOKENS), strict=True)
-        ]
+        losses = linear_loss(hidden_NH, head_VH, {}, moved.labels, sft, CHUNK_TOKENS).token("cross_entropy")
         document = torch.searchsorted(moved.starts, moved.supervised, right=True) - 1
         sums = torch.zeros(len(moved.starts) - 1, dtype=torch.float64, device=head_VH.device)
-        sums.index_add_(0, document, torch.cat(losses).double())
+        sums.index_add_(0, document, losses.double())
         counts = torch.bincount(document, minlength=len(sums))
         rows += (sums / counts).tolist()
     return rows

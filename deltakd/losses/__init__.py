@@ -2,22 +2,26 @@
 
     objective(settings)    a mapping as in a recipe's `objective:` block -> Objective
     linear_loss(...)       the chunked loss from hidden states and a head, with closed-form gradients
+    TopK, Sampled          estimates of the target, as linear_loss takes them
 
-Both load torch on first use, so that settings can be checked without it.
+All load torch on first use, so that settings can be checked without it.
 """
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["LinearLoss", "Objective", "linear_loss", "objective"]
+_HOMES = {
+    "LinearLoss": "linear",
+    "linear_loss": "linear",
+    "Objective": "objectives",
+    "objective": "objectives",
+    "Sampled": "points",
+    "TopK": "points",
+}
+__all__ = [*_HOMES]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Objective", "objective"):
-        from deltakd.losses import objectives
-
-        return getattr(objectives, name)
-    if name in ("LinearLoss", "linear_loss"):
-        from deltakd.losses import linear
-
-        return getattr(linear, name)
-    raise AttributeError(f"module {__name__} has no attribute {name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__} has no attribute {name}")
+    return getattr(import_module(f"deltakd.losses.{_HOMES[name]}"), name)

@@ -1,53 +1,90 @@
 """The chunked loss: from hidden states and a head to a loss sum and both gradients, never holding [N, V].
 
 It walks over chunks of tokens: form the student's logits and the frozen ones, take value and dL/dz in closed form, and
-fold dL/dz at once into the gradients of hidden states and head. Peak memory beyond inputs and their gradients is
-O(chunk_tokens x V). The gradients are computed in the forward pass and handed out in the backward pass.
+fold dL/dz at once into the gradients of hidden states and head. Matrix products take whole chunks, for their speed;
+everything element-wise takes a few rows at a time, so that it stays in the processor's cache, and dL/dz overwrites the
+student's logits. Beyond inputs and their gradients that is at most three [chunk_tokens, V] buffers in float32, whatever
+N is. The gradients are computed in the forward pass and handed out in the backward pass.
 
 Shapes: N supervised tokens, n tokens of a chunk, H hidden size of the student, V shared vocabulary.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakd.losses.objectives import Objective
-from deltakd.losses.points import STUDENT, widen
+from deltakd.base.errors import LossError
+from deltakd.losses.frozen import FrozenChunks, Reference, refuse_unfit
+from deltakd.losses.objectives import STATISTICS, Objective
 
-# What a frozen model says of N tokens: logits [N, >= V], or hidden states [N, H_m] and its head [>= V, H_m].
-Reference = Tensor | tuple[Tensor, Tensor]
+__all__ = ["LinearLoss", "Reference", "linear_loss"]
+
+# Elements of one element-wise block: 2 MiB in float32, a processor core's share of cache.
+_BLOCK_ELEMENTS = 2**19
+# Rows of a head whose gradient is taken at a time in 16 bit, before it is added to the wide sum.
+_HEAD_ROWS = 2**14
+
+
+@cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep freed blocks for the next ones: a time's matter, a third of the element-wise part.
+
+    glibc gives memory above twice the largest mapping that was freed back to the kernel, which then has to map and zero
+    every block anew (mallopt(3), M_MMAP_THRESHOLD: dynamic, up to 32 MiB). Freeing 31 MiB once makes that 62 MiB.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class LinearLoss:
-    """Sums over tokens, float64 scalars: `total` carries the gradients, the parts are for the record."""
+    """The sum over tokens, a float64 scalar with gradients, and what every token's loss is made of.
+
+    `statistics` [len(STATISTICS), N] holds per token, in the order of `losses.objectives.STATISTICS`: loss,
+    cross-entropy, divergence, KL to the target, the student's and the target's entropy, and the mass of both on the
+    target's top k. NaN where an objective has no such number.
+    """
 
     total: Tensor
-    cross_entropy: Tensor
-    divergence: Tensor
+    statistics: Tensor
+
+    def token(self, name: str) -> Tensor:
+        """Return one statistic of every token [N]."""
+        return self.statistics[STATISTICS.index(name)]
+
+    def sum(self, name: str) -> float:
+        """Return the sum of one statistic over tokens, taken in float64."""
+        return float(self.token(name).sum(dtype=torch.float64))
 
 
 def linear_loss(
     hidden_NH: Tensor,
     head_VH: Tensor,
     references: Mapping[str, Reference],
-    labels_N: Tensor,
+    labels_N: Tensor | None,
     objective: Objective,
     chunk_tokens: int | None = None,
 ) -> LinearLoss:
     """Return the objective's sum over N tokens, with gradients for the student's hidden states and head.
 
-    The shared vocabulary is the number of rows of `head_VH`; a reference with more columns or rows is cut to it before
+    `references` says, by model name, what each frozen model that the objective needs says of the N tokens: logits
+    [N, >= V] or (hidden states [N, H_m], head [>= V, H_m]). `target` stands for the whole target: its summed logits,
+    TopK or Sampled. The shared vocabulary is the number of rows of `head_VH`; wider references are cut to it before
     anything is normalised (mathematics: vocabulary). N may be 0: the total is then 0 and so are the gradients.
     `chunk_tokens` (default: the objective's own) changes memory, not results.
+
+    Raises LossError for references or labels that are missing, do not fit or are not numbers.
     """
-    total, cross_entropy, divergence = _LinearLoss.apply(
+    refuse_unfit(hidden_NH, head_VH, references, labels_N, objective)
+    if labels_N is None:
+        labels_N = torch.zeros(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
+    total, statistics = _LinearLoss.apply(
         hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens or objective.chunk_tokens
     )
-    return LinearLoss(total, cross_entropy, divergence)
+    return LinearLoss(total, statistics)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -60,52 +97,61 @@ class _LinearLoss(torch.autograd.Function):
         labels_N: Tensor,
         objective: Objective,
         chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
+        num_tokens, vocab_size = len(hidden_NH), len(head_VH)
         wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         grad_hidden = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head_VH, dtype=wide) if ctx.needs_input_grad[1] else None
-        # Sums in float64: the reported loss does not depend on the chunk size beyond the tokens' own rounding.
-        sums = torch.zeros(3, dtype=torch.float64, device=hidden_NH.device)
-        for start in range(0, len(hidden_NH), chunk_tokens):
-            rows = slice(start, start + chunk_tokens)
-            logits = {name: _frozen_logits(reference, rows, len(head_VH)) for name, reference in references.items()}
-            logits[STUDENT] = hidden_NH[rows] @ head_VH.T
-            chunk = objective.evaluate(logits, labels_N[rows])
-            sums += torch.stack(
-                [part.sum(dtype=torch.float64) for part in (chunk.loss, chunk.cross_entropy, chunk.divergence)]
-            )
-            grad_logits = chunk.grad_student.to(head_VH.dtype)
+        statistics = torch.full((len(STATISTICS), num_tokens), torch.nan, dtype=wide, device=hidden_NH.device)
+        chunk_tokens = min(chunk_tokens, max(num_tokens, 1))
+        block = chunk_tokens
+        if hidden_NH.device.type == "cpu":
+            _keep_freed_memory()
+            block = max(1, min(_BLOCK_ELEMENTS // vocab_size, chunk_tokens // 16))
+        frozen = FrozenChunks(references, objective, vocab_size, chunk_tokens, wide)
+        logits = torch.empty(chunk_tokens, vocab_size, dtype=head_VH.dtype, device=head_VH.device)
+        for start in range(0, num_tokens, chunk_tokens):
+            rows = slice(start, min(start + chunk_tokens, num_tokens))
+            chunk = torch.mm(hidden_NH[rows], head_VH.T, out=logits[: rows.stop - start])
+            frozen.multiply(rows)
+            for first in range(start, rows.stop, block):
+                few = slice(first, min(first + block, rows.stop))
+                own = chunk[first - start : few.stop - start]
+                token = objective.evaluate(own.to(wide), labels_N[few], frozen.rows(few))
+                for name, values in token.statistics.items():
+                    statistics[STATISTICS.index(name), few] = values
+                own.copy_(token.grad_student)
             if grad_hidden is not None:
-                torch.mm(grad_logits, head_VH, out=grad_hidden[rows])
+                torch.mm(chunk, head_VH, out=grad_hidden[rows])
             if grad_head is not None:
-                _add_product(grad_head, grad_logits, hidden_NH[rows])
-        ctx.save_for_backward(grad_hidden, grad_head)
-        ctx.head_dtype = head_VH.dtype
-        total, cross_entropy, divergence = sums.unbind()
-        outputs = total.clone(), cross_entropy.clone(), divergence.clone()
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+                _add_product(grad_head, chunk, hidden_NH[rows])
+        ctx.grads, ctx.head_dtype = (grad_hidden, grad_head), head_VH.dtype
+        ctx.mark_non_differentiable(statistics)
+        return statistics[STATISTICS.index("loss")].sum(dtype=torch.float64), statistics
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_head is None else (grad_head * scale.to(grad_head.dtype)).to(ctx.head_dtype),
-            *(None,) * 4,
-        )
+        if ctx.grads is None:
+            raise LossError("linear_loss: its gradients were handed out before. Call backward with retain_graph=True.")
+        # Scaled in place and let go, unless another backward pass was announced: a copy of the head would be gigabytes.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        scaled = [_scale(grad, grads[0], in_place=not kept) for grad in ctx.grads]
+        if not kept:
+            ctx.grads = None
+        grad_hidden, grad_head = scaled
+        return grad_hidden, None if grad_head is None else grad_head.to(ctx.head_dtype), *(None,) * 4
 
 
-def _frozen_logits(reference: Reference, rows: slice, vocab_size: int) -> Tensor:
-    if isinstance(reference, Tensor):
-        return widen(reference[rows, :vocab_size])
-    hidden, head = reference
-    return widen(hidden[rows].to(head.dtype) @ head[:vocab_size].T)
+def _scale(grad: Tensor | None, factor: Tensor, in_place: bool) -> Tensor | None:
+    if grad is None or not in_place:
+        return None if grad is None else grad * factor.to(grad.dtype)
+    return grad.mul_(factor.to(grad.dtype))
 
 
 def _add_product(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor) -> None:
     if total_VH.dtype == hidden_nH.dtype:
         total_VH.addmm_(grad_nV.T, hidden_nH)
-    else:  # 16-bit inputs: each product is 16 bit, their sum over chunks is not
-        total_VH.add_(grad_nV.T @ hidden_nH)
+        return
+    # 16-bit inputs: each product is 16 bit, their sum over chunks is not. Slices bound the 16-bit product's memory.
+    for rows in (slice(start, start + _HEAD_ROWS) for start in range(0, len(total_VH), _HEAD_ROWS)):
+        total_VH[rows].add_(grad_nV[:, rows].T @ hidden_nH)

@@ -7,25 +7,53 @@ Shapes: n tokens, V shared vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakd.base.errors import RecipeError
-from deltakd.losses.divergences import DIVERGENCES
-from deltakd.losses.points import STUDENT, Point, delta_point, teacher_point, widen
-from deltakd.losses.settings import DeltaTarget, ObjectiveSettings
+from deltakd.base.errors import LossError, RecipeError
+from deltakd.losses.divergences import DIVERGENCES, LOG_ZERO, Points, dot, nucleus
+from deltakd.losses.points import STUDENT, Sampled, TopK, log_probabilities, mix, restrict, widen
+from deltakd.losses.settings import (
+    WITH_REVERSE_KL,
+    ObjectiveSettings,
+    TaidTarget,
+    Weights,
+    needed_references,
+    point_weights,
+    start_alpha,
+)
+
+# Per-token numbers beside the gradient, in the order of LinearLoss.statistics.
+STATISTICS = (
+    "loss",
+    "cross_entropy",
+    "divergence",
+    "kl_to_target",
+    "student_entropy",
+    "target_entropy",
+    "student_top_k",
+    "target_top_k",
+)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What the frozen models say of n tokens, summed by point: logits [n, V], or an estimate of the target."""
+
+    target: Tensor | TopK | Sampled | None = None  # of P; None where P is the student alone
+    beside: Tensor | None = None  # of Q, beside the student
+    has_walls: bool = False  # some logit is -inf
 
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """What an objective says of n tokens; every tensor is [n] but `grad_student`, dL/dz_student [n, V]."""
+    """What an objective says of n tokens: those STATISTICS [n] that it has, and dL/dz_student [n, V]."""
 
-    loss: Tensor
-    cross_entropy: Tensor
-    divergence: Tensor
+    statistics: Mapping[str, Tensor]
     grad_student: Tensor
 
 
@@ -33,79 +61,182 @@ class TokenLoss:
 class Objective:
     """One loss on tokens: a divergence from the target to the student, and a share of plain cross-entropy."""
 
-    target: Point
-    student: Point
-    divergence: str
-    sft_weight: float
-    temperature: float
-    temperature_squared: bool
-    chunk_tokens: int
+    settings: ObjectiveSettings
+    alpha: float  # the target's moving number at this step
+
+    def at(self, alpha: float) -> "Objective":
+        """Return the objective with its target at another alpha (of TAID: at another t)."""
+        return self if alpha == self.alpha else replace(self, alpha=alpha)
+
+    @cached_property
+    def weights(self) -> tuple[Weights, Weights]:
+        """The models' weights in P and in Q; the student in P is held fixed."""
+        return point_weights(self.settings.target, self.alpha)
 
     @property
     def needs(self) -> frozenset[str]:
-        """The frozen models whose logits it uses."""
-        if self.sft_weight == 1:
-            return frozenset()
-        return (self.target.models | self.student.models) - {STUDENT}
+        """The frozen models whose logits it uses, at any alpha of its schedule."""
+        return needed_references(self.settings)
 
-    def evaluate(self, logits: Mapping[str, Tensor], labels: Tensor) -> TokenLoss:
-        """Return the loss of n tokens and its gradient for the student's logits.
+    @property
+    def chunk_tokens(self) -> int:
+        """For how many tokens logits exist at a time."""
+        return self.settings.chunk_tokens
 
-        logits [n, V] by model name, `student` among them; labels [n]. float32, or float64 for float64 logits.
-        """
-        log_student = torch.log_softmax(widen(logits[STUDENT]), dim=-1)
+    def evaluate(self, student: Tensor, labels: Tensor, frozen: Frozen) -> TokenLoss:
+        """Return the loss of n tokens and its gradient for the student's logits [n, V], float32 or float64."""
+        sft_weight = self.settings.sft_weight
+        log_student = torch.log_softmax(student, dim=-1)
         rows = torch.arange(len(labels), device=labels.device)
         cross_entropy = -log_student[rows, labels]
-        divergence, grad = self._divergence(logits, log_student)
-        if self.sft_weight > 0:
-            grad_sft = log_student.exp()
-            grad_sft[rows, labels] -= 1
-            grad = self.sft_weight * grad_sft if grad is None else torch.add(grad, grad_sft, alpha=self.sft_weight)
+        probabilities = log_student.exp()
+        parts = {"cross_entropy": cross_entropy}
+        grad: Tensor | None = None
+        if sft_weight < 1:
+            parts_of_divergence, grad = self._divergence(student, log_student, probabilities, frozen)
+            parts |= parts_of_divergence
+        parts["student_entropy"] = -dot(probabilities, log_student)
+        divergence = parts.setdefault("divergence", torch.zeros_like(cross_entropy))
+        parts["loss"] = sft_weight * cross_entropy + (1 - sft_weight) * self._factor * divergence
+        if sft_weight > 0:
+            probabilities[rows, labels] -= 1
+            grad = sft_weight * probabilities if grad is None else grad.add_(probabilities, alpha=sft_weight)
         assert grad is not None  # sft_weight is 1 or a divergence was taken
-        loss = self.sft_weight * cross_entropy + (1 - self.sft_weight) * self._factor * divergence
-        return TokenLoss(loss, cross_entropy, divergence, grad)
+        return TokenLoss(parts, grad)
 
-    def _divergence(self, logits: Mapping[str, Tensor], log_student: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return D [n] and its share of dL/dz_student: the factor (1 - sft_weight) tau_factor is already in it."""
-        if self.sft_weight == 1:
-            return torch.zeros_like(log_student[:, 0]), None
-        plain = self.temperature == 1 and self.student.weights == {STUDENT: 1}
-        log_q = log_student if plain else self.student.log_probabilities(logits, self.temperature)
-        value, grad = DIVERGENCES[self.divergence](self.target.log_probabilities(logits, self.temperature), log_q)
-        scale = (1 - self.sft_weight) * self._factor * self.student.student_weight / self.temperature
-        return value, grad if scale == 1 else grad * scale
+    def _divergence(
+        self, student: Tensor, log_student: Tensor, probabilities: Tensor, frozen: Frozen
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Return D and its kin [n], and the divergence's share of dL/dz_student, all factors in it."""
+        temperature = self.settings.temperature
+        of_p, of_q = (weights.get(STUDENT, 0.0) for weights in self.weights)
+        plain = temperature == 1 and of_q == 1 and frozen.beside is None
+        log_q = log_student if plain else log_probabilities(frozen.beside, student, of_q, temperature)
+        q = probabilities if plain else log_q.exp()
+        if isinstance(frozen.target, Sampled):
+            parts, grad = _of_draws(frozen.target, log_q, q)
+        elif isinstance(frozen.target, TopK):
+            parts, grad = self._of_buckets(frozen.target, log_q, q, frozen.has_walls)
+        else:
+            log_p = log_probabilities(frozen.target, student, of_p, temperature)
+            parts, grad = self._of_points(log_p, log_q, q, frozen.has_walls)
+        scale = (1 - self.settings.sft_weight) * self._factor * of_q / temperature
+        return parts, grad if scale == 1 else grad.mul_(scale)
+
+    def _of_points(self, log_p: Tensor, log_q: Tensor, q: Tensor, has_walls: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Return D, KL and P's entropy [n], and dD/dz_Q over the same outcomes; q is exp(log_q)."""
+        settings, given = self.settings, log_q
+        if has_walls:
+            log_p, log_q = self._inside_walls(log_p, log_q)
+        if settings.support is not None:
+            kept = nucleus(log_p.exp(), settings.support.top_p)
+            log_p, log_q = restrict(log_p, kept), restrict(log_q, kept)
+        points = Points(log_p, log_q, q if log_q is given else log_q.exp(), settings.log_ratio_clip)
+        parameters = settings.divergence.model_dump(exclude={"name"})
+        value, grad = DIVERGENCES[settings.divergence.name](points, **parameters)
+        # A divergence is never negative; where the points are equal to the last bits, rounding may say otherwise.
+        parts = {"divergence": value.clamp_min(0), "kl_to_target": points.kl.clamp_min(0)}
+        return parts | {"target_entropy": -dot(points.p, log_p)}, grad
+
+    def _inside_walls(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Write LOG_ZERO for -inf, and leave out what would make the divergence infinite.
+
+        A token without mass in Q leaves P; one without mass in P leaves Q only where reverse KL asks for log q/p.
+        """
+        empty_p, empty_q = torch.isneginf(log_p), torch.isneginf(log_q)
+        if empty_q.any():
+            log_p = restrict(log_p, ~(empty_p | empty_q))
+        if self.settings.divergence.name in WITH_REVERSE_KL and empty_p.any():
+            log_q = restrict(log_q, ~(empty_p | empty_q))
+        return log_p.clamp_min(LOG_ZERO), log_q.clamp_min(LOG_ZERO)
+
+    def _of_buckets(self, target: TopK, log_q: Tensor, q: Tensor, has_walls: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """Take the divergence over k + 1 outcomes, the last being all other tokens, and spread its gradient."""
+        log_p = torch.log_softmax(torch.cat([widen(target.log_probs), _tail(target)], dim=-1).to(log_q.dtype), dim=-1)
+        log_rest = log_q.scatter(-1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
+        buckets = torch.cat([log_q.gather(-1, target.ids), log_rest], dim=-1)
+        walls = has_walls or target.log_tail is None or target.ids.shape[-1] == log_q.shape[-1]
+        parts, grad = self._of_points(log_p, buckets, buckets.exp(), walls)
+        # Inside a bucket the student's own proportions are kept: each token takes q_token / q_bucket of its gradient.
+        rest = log_rest.exp()
+        share = torch.where(rest > 0, grad[:, -1:] / rest.clamp_min(torch.finfo(rest.dtype).tiny), 0)
+        whole = (q * share).scatter_(-1, target.ids, grad[:, :-1])
+        parts["student_top_k"], parts["target_top_k"] = 1 - rest[:, 0], 1 - log_p[:, -1].exp()
+        return parts, whole
 
     @property
     def _factor(self) -> float:
-        return self.temperature**2 if self.temperature_squared else 1.0
+        return self.settings.temperature**2 if self.settings.temperature_squared else 1.0
 
     def per_token(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
         """Return the loss of each token [n], differentiable in `logits["student"]`.
 
-        Raises ValueError if labels are missing while sft_weight is above 0.
+        logits [n, V] by model name, `student` among them; float64 if the student's are, else float32. Raises LossError
+        if a model that the objective needs, or labels while sft_weight is above 0, are missing or do not fit.
         """
+        student = logits[STUDENT]
         if labels is None:
-            if self.sft_weight > 0:
-                raise ValueError(f"labels are missing, but sft_weight is {self.sft_weight}; pass labels [n]")
-            labels = torch.zeros(len(logits[STUDENT]), dtype=torch.int64, device=logits[STUDENT].device)
-        frozen = {name: values for name, values in logits.items() if name != STUDENT}
-        result: Tensor = _PerToken.apply(logits[STUDENT], self, frozen, labels)
+            if self.settings.sft_weight > 0:
+                raise LossError(f"labels: missing, but sft_weight is {self.settings.sft_weight:g}. Pass labels [n].")
+            labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+        refuse_missing(self.needs, logits)
+        used = {name: logits[name] for name in sorted(self.needs)}
+        for name, values in used.items():
+            if values.shape != student.shape:
+                raise LossError(
+                    f"{name}: logits {list(values.shape)}, student {list(student.shape)}. Cut both to one V."
+                )
+        target, beside = (mix(weights, used) for weights in self.weights)
+        has_walls = any(lowest(name, values) == -torch.inf for name, values in used.items())
+        result: Tensor = _PerToken.apply(student, self, labels, Frozen(target, beside, has_walls))
         return result
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, objective: Objective, frozen: Mapping[str, Tensor], labels: Tensor
-    ) -> Tensor:
-        result = objective.evaluate({**frozen, STUDENT: student}, labels)
+    def forward(ctx: Any, student: Tensor, objective: Objective, labels: Tensor, frozen: Frozen) -> Tensor:
+        result = objective.evaluate(widen(student), labels, frozen)
         ctx.save_for_backward(result.grad_student)
-        return result.loss
+        ctx.dtype = student.dtype
+        return result.statistics["loss"]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_student,) = ctx.saved_tensors
-        return grads[0].unsqueeze(-1) * grad_student, None, None, None
+        return (grads[0].unsqueeze(-1) * grad_student).to(ctx.dtype), None, None, None
+
+
+def _of_draws(target: Sampled, log_q: Tensor, q: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the cross-entropy to draws from P, whose gradient estimates that of KL(P, Q) without bias."""
+    weights = target.weights
+    if weights is None:
+        weights = torch.full_like(target.ids, 1 / target.ids.shape[-1], dtype=log_q.dtype)
+    weights = weights.to(log_q.dtype)
+    value = -dot(weights, log_q.gather(-1, target.ids))
+    grad = (q * weights.sum(-1, keepdim=True)).scatter_add_(-1, target.ids, -weights)
+    return {"divergence": value}, grad
+
+
+def _tail(target: TopK) -> Tensor:
+    if target.log_tail is None:
+        return torch.full_like(widen(target.log_probs[:, :1]), -torch.inf)
+    return widen(target.log_tail).unsqueeze(-1)
+
+
+def refuse_missing(needs: frozenset[str], given: Mapping[str, Any]) -> None:
+    """Raise LossError if a model that is needed is not given."""
+    for name in sorted(needs - set(given)):
+        raise LossError(f"{name}: missing. The objective needs {', '.join(sorted(needs))}; given: {', '.join(given)}.")
+
+
+def lowest(name: str, logits: Tensor) -> float:
+    """Return the lowest logit, -inf if a token is ruled out; raises LossError for NaN."""
+    value = float(logits.amin()) if logits.numel() else 0.0
+    if value != value:
+        raise LossError(
+            f"{name}: {int(logits.isnan().sum()):,} of {logits.numel():,} logits are NaN. Look at the model."
+        )
+    return value
 
 
 def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
@@ -115,17 +246,18 @@ def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
     """
     if not isinstance(settings, ObjectiveSettings):
         settings = _validated(settings)
-    target = settings.target
-    point = delta_point(target.alpha, target.anchor) if isinstance(target, DeltaTarget) else teacher_point()
-    return Objective(
-        target=point,
-        student=Point({STUDENT: 1.0}),
-        divergence=settings.divergence.name,
-        sft_weight=settings.sft_weight,
-        temperature=settings.temperature,
-        temperature_squared=settings.temperature_squared,
-        chunk_tokens=settings.chunk_tokens,
-    )
+    return Objective(settings, start_alpha(settings.target))
+
+
+def refuse_given(settings: ObjectiveSettings, target: object) -> None:
+    """Raise LossError if the objective cannot be taken from its target as it was given: summed, TopK or Sampled."""
+    if isinstance(settings.target, TaidTarget):
+        raise LossError("target: that of taid moves with the student, so it cannot be given. Give the teacher itself.")
+    if isinstance(target, Sampled) and (settings.divergence.name != "forward_kl" or settings.support is not None):
+        raise LossError(
+            f"target: draws estimate forward_kl over all tokens alone, not {settings.divergence.name}"
+            f"{'' if settings.support is None else ' on a support'}. Use top_k, hidden or logits payloads."
+        )
 
 
 def _validated(settings: Mapping[str, Any]) -> ObjectiveSettings:
@@ -134,5 +266,5 @@ def _validated(settings: Mapping[str, Any]) -> ObjectiveSettings:
     try:
         return ObjectiveSettings.model_validate(dict(settings))
     except ValidationError as error:
-        lines = [f"objective.{'.'.join(map(str, e['loc']))}: {e['msg']}, {e['input']!r}." for e in error.errors()]
+        lines = [f"{'.'.join(['objective', *map(str, e['loc'])])}: {e['msg']}, {e['input']!r}." for e in error.errors()]
         raise RecipeError("\n".join(lines)) from error

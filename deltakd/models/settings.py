@@ -23,11 +23,32 @@ class ModelsSettings(Settings):
     )
     teacher: WeightsSettings | None = Field(None, description="The fine-tuned teacher.")
     teacher_raw: WeightsSettings | None = Field(None, description="The teacher before its fine-tuning.")
+    teachers: dict[str, WeightsSettings] = Field(
+        default_factory=dict, description="More teachers; NAME is teacher.NAME in a mixture's weights."
+    )
+    teachers_raw: dict[str, WeightsSettings] = Field(
+        default_factory=dict, description="Those before their fine-tuning; NAME is teacher_raw.NAME."
+    )
     dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of every forward pass.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = Field(
         False, description="Run code that comes with a model. Off unless you trust its author."
     )
+
+    @property
+    def roles(self) -> dict[str, WeightsSettings]:
+        """Every model by its role; the raw student is by default what the student starts from."""
+        alone = {"student": self.student, "student_raw": self.student_raw or self.student}
+        alone |= {"teacher": self.teacher} if self.teacher else {}
+        alone |= {"teacher_raw": self.teacher_raw} if self.teacher_raw else {}
+        named = (("teacher", self.teachers), ("teacher_raw", self.teachers_raw))
+        return alone | {f"{role}.{name}": given for role, group in named for name, given in group.items()}
+
+
+def role_key(role: str) -> str:
+    """Return where a role's settings stand in a recipe: `models.teacher`, `models.teachers.NAME`."""
+    kind, _, name = role.partition(".")
+    return f"models.{kind.replace('teacher', 'teachers')}.{name}" if name else f"models.{role}"
 
 
 class NewModelSettings(Settings):

@@ -21,10 +21,11 @@ from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_name
 from deltakd.engine.settings import SingleSettings
 from deltakd.losses.objectives import objective
+from deltakd.losses.schedules import alpha_over_steps
 from deltakd.losses.settings import needed_references
 from deltakd.models.frozen import PayloadSpec
 from deltakd.models.load import ModelFacts, facts, load_head, load_model, resolve
-from deltakd.models.settings import WeightsSettings
+from deltakd.models.settings import role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
@@ -65,20 +66,14 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
     tokenizer = load_tokenizer(str(student), recipe.models.trust_remote_code)
     frozen: dict[str, ModelFacts] = {}
     for role in sorted(needed_references(recipe.objective)):
-        key = where(f"models.{role}.weights")
-        folder = resolve(key, model_of(recipe, role))
+        key = where(f"{role_key(role)}.weights")
+        folder = resolve(key, recipe.models.roles[role])
         refuse_foreign(key, tokenizer, load_tokenizer(str(folder), recipe.models.trust_remote_code))
         frozen[role] = facts(key, folder)
     heads = {"student": facts(student_key, student).head_rows} | {name: f.head_rows for name, f in frozen.items()}
     return Inputs(
         recipe, where, student, frozen, tokenizer, fingerprint(tokenizer), shared_vocabulary(heads, len(tokenizer))
     )
-
-
-def model_of(recipe: Recipe, role: str) -> WeightsSettings:
-    """Return what plays a role; the frozen raw student is by default what the student starts from."""
-    given: WeightsSettings | None = getattr(recipe.models, role)
-    return given or recipe.models.student
 
 
 def read_examples(recipe: Recipe, tokenizer: Any, progress: bool) -> ExampleSet:
@@ -96,7 +91,7 @@ def build_served(inputs: Inputs, device: str) -> dict[str, nn.Module]:
     served = {}
     for role, facts_ in inputs.frozen.items():
         if facts_.identity not in loaded:
-            key = inputs.where(f"models.{role}.weights")
+            key = inputs.where(f"{role_key(role)}.weights")
             model = load_model(key, Path(facts_.weights), inputs.recipe.models)
             loaded[facts_.identity] = model.requires_grad_(False).to(device)
         served[role] = loaded[facts_.identity]
@@ -138,7 +133,8 @@ def build_parts(
         train.examples_per_micro_batch,
         recipe.data.layout == "padded",
     )
-    return TrainParts(world, engine, references, stream.steps(), schedule(train), train.steps)
+    alpha = alpha_over_steps(recipe.objective.target, train.steps)
+    return TrainParts(world, engine, references, stream.steps(), schedule(train), alpha, train.steps)
 
 
 def build_engine(inputs: Inputs, role: Role) -> tuple[World, Engine]:
@@ -205,11 +201,12 @@ def _frozen_facts(inputs: Inputs) -> dict[str, FrozenFacts]:
 
 
 def _frozen_heads(inputs: Inputs, device: str) -> dict[str, Tensor]:
-    """Load the heads alone: all that a student's process ever holds of a frozen model."""
+    """Load the heads alone: all that a student's process ever holds of a frozen model; equal ones are held once."""
     dtype = getattr(torch, inputs.recipe.models.dtype)
-    return {
-        role: load_head(inputs.where(f"models.{role}.weights"), Path(facts_.weights), dtype, inputs.vocab_size).to(
-            device
-        )
-        for role, facts_ in inputs.frozen.items()
-    }
+    heads: dict[str, Tensor] = {}
+    for role, facts_ in inputs.frozen.items():
+        key = inputs.where(f"{role_key(role)}.weights")
+        head = load_head(key, Path(facts_.weights), dtype, inputs.vocab_size).to(device)
+        # Fine-tuning that left the head alone: the loss then takes one matrix product for both.
+        heads[role] = next((other for other in heads.values() if torch.equal(other, head)), head)
+    return heads

@@ -15,6 +15,7 @@ from deltakd.base.hub import could_be_hub_id, refuse_unreachable
 from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import local_files
 from deltakd.losses.settings import needed_references
+from deltakd.models.settings import role_key
 from deltakd.recipe.load import Loaded, load
 from deltakd.recipe.schema import CompareSettings, Recipe
 
@@ -42,6 +43,8 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     _check_schedule(recipe, where)
     _check_rows_apart(recipe, where)
     _check_labels(recipe.evaluation.kept, "evaluation.kept", where)
+    _check_labels(recipe.models.teachers, "models.teachers", where)
+    _check_labels(recipe.models.teachers_raw, "models.teachers_raw", where)
     _check_pipeline(recipe, where)
 
 
@@ -51,9 +54,7 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
     `name` is the recipe's, for the command that would make what lies under its root.
     """
     for role in ["student", *sorted(needed_references(recipe.objective))]:
-        model = getattr(recipe.models, role)
-        if model is not None:  # no student_raw: the student's own initial weights
-            _check_model(recipe, f"models.{role}.weights", model.weights, where, name)
+        _check_model(recipe, f"{role_key(role)}.weights", recipe.models.roles[role].weights, where, name)
     train = _check_source(recipe, "data.train", recipe.data.train, where, name)
     if recipe.data.validation is not None:
         validation = _check_source(recipe, "data.validation", recipe.data.validation, where, name)
@@ -71,12 +72,12 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
 def check_hub(recipe: Recipe, where: Where) -> None:
     """Raise ModelError, after seconds, if a model that the objective needs is on a hub that cannot be reached."""
     for role in ["student", *sorted(needed_references(recipe.objective))]:
-        model = getattr(recipe.models, role)
-        if model is not None and could_be_hub_id(model.weights):
+        model = recipe.models.roles[role]
+        if could_be_hub_id(model.weights):
             try:
                 refuse_unreachable("model", model.weights, model.revision, ModelError)
             except ModelError as error:
-                raise ModelError(f"{where(f'models.{role}.weights')}: {error}") from error
+                raise ModelError(f"{where(f'{role_key(role)}.weights')}: {error}") from error
 
 
 def _check_root(recipe: Recipe, where: Where) -> None:
@@ -85,12 +86,18 @@ def _check_root(recipe: Recipe, where: Where) -> None:
 
 
 def _check_references(recipe: Recipe, where: Where) -> None:
-    for role in sorted(needed_references(recipe.objective) - {"student_raw"}):
-        if getattr(recipe.models, role) is None:
+    known = [role for role in recipe.models.roles if role != "student"]
+    for role in sorted(needed_references(recipe.objective) - set(known)):
+        kind, _, name = role.partition(".")
+        if kind not in ("teacher", "teacher_raw"):
             raise RecipeError(
-                f"{where(f'models.{role}')}: missing, but the target {recipe.objective.target.name} reads it. "
-                f"Write {role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
+                f"{where('objective.target.weights')}: {role} is no frozen model. "
+                f"Write one of {', '.join(known)}, or teacher.NAME with models.teachers."
             )
+        raise RecipeError(
+            f"{where(role_key(role))}: missing, but the target {recipe.objective.target.name} reads it. "
+            f"Write {name or role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
+        )
 
 
 def _check_lengths(recipe: Recipe, where: Where) -> None:

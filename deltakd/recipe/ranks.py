@@ -23,13 +23,13 @@ from deltakd.base.scratch import Scratch
 from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
 from deltakd.models.load import identity
+from deltakd.models.settings import role_key
 from deltakd.recipe.build import (
     Inputs,
     Service,
     build_arena,
     build_parts,
     build_served,
-    model_of,
     read_examples,
     read_inputs,
 )
@@ -144,9 +144,9 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
         raise RunError(f"{run.path}: made by another stage, not by a training. Write run=... with another name.")
     changes = run.changes(dump_recipe(recipe))
     for role, before in finished["inputs"].items():
-        folder = Path(model_of(recipe, role).weights).expanduser()
+        folder = Path(recipe.models.roles[role].weights).expanduser()
         if folder.is_dir() and identity(folder) != before:
-            changes.append(f"models.{role}: {folder} has been made anew since")
+            changes.append(f"{role_key(role)}: {folder} has been made anew since")
     if changes:
         raise RunError(
             f"{run.path}: finished with another recipe ({'; '.join(changes[:3])}). "

@@ -7,6 +7,7 @@ from itertools import chain, islice, tee
 from deltakd.base.ranks import World
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
+from deltakd.losses.schedules import Alpha
 from deltakd.teacher.references import References
 from deltakd.train.step import StepRecord, train_step
 
@@ -20,6 +21,7 @@ class TrainParts:
     references: References
     steps: Iterator[list[PackedBatch]]  # this rank's micro-batches, step by step, without end
     schedule: Callable[[int], float]
+    alpha: Alpha
     num_steps: int
 
 
@@ -29,7 +31,7 @@ def train(parts: TrainParts, write: Callable[[StepRecord], None]) -> StepRecord:
     steps, upcoming = tee(islice(parts.steps, parts.num_steps))
     scored = parts.references.ahead(chain.from_iterable(upcoming))
     for step, batches in enumerate(steps, start=1):
-        record = train_step(parts.engine, parts.world, parts.schedule, batches, scored, step)
+        record = train_step(parts.engine, parts.world, parts.schedule, parts.alpha, batches, scored, step)
         if parts.world.rank == 0:
             write(record)
     return record

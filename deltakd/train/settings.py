@@ -18,7 +18,7 @@ class TrainSettings(Settings):
     )
     tokens_per_micro_batch: int = Field(gt=1, description="Most tokens that one rank computes at once. Memory only.")
     examples_per_micro_batch: int | None = Field(None, gt=0, description="Most examples at once; null: as many as fit.")
-    learning_rate: float = Field(gt=0)
+    learning_rate: float = Field(gt=0, le=1000)
     min_learning_rate_ratio: float = Field(
         0.1, ge=0, le=1, description="Where cosine ends, as a share of learning_rate."
     )

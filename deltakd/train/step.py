@@ -9,25 +9,35 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 from deltakd.base.errors import RunError
 from deltakd.base.processes import resident_bytes
 from deltakd.base.ranks import World
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
+from deltakd.losses.schedules import Alpha
 from deltakd.teacher.references import Payloads
 
+RECORDED = ("loss", "cross_entropy", "divergence", "kl_to_target", "student_entropy", "target_entropy")
 Scored = Iterator[tuple[PackedBatch, Payloads]]
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of steps.jsonl. Losses are means per supervised token; times are this rank's, in seconds."""
+    """One line of steps.jsonl. Losses are means per supervised token; times are this rank's, in seconds.
+
+    KL and entropies are None where the objective has no target, or only draws from it; alpha is the target's.
+    """
 
     step: int
     loss: float
     cross_entropy: float
     divergence: float
+    kl_to_target: float | None
+    student_entropy: float
+    target_entropy: float | None
+    alpha: float
     grad_norm: float
     learning_rate: float
     num_tokens: int
@@ -52,16 +62,16 @@ class Clock:
         self._spent[name] += now - self._last
         self._last = now
 
-    def seconds(self) -> tuple[float, float, float, float]:
-        """Return the whole, waiting, forward and backward, and update."""
-        spent = self._spent
-        return self._last - self._started, spent["wait_s"], spent["forward_backward_s"], spent["update_s"]
+    def seconds(self) -> dict[str, float]:
+        """Return the whole step's time and that of every name."""
+        return {"step_s": self._last - self._started} | self._spent
 
 
 def train_step(
     engine: Engine,
     world: World,
     schedule: Callable[[int], float],
+    alpha: Alpha,
     batches: Sequence[PackedBatch],
     scored: Scored,
     step: int,
@@ -73,25 +83,36 @@ def train_step(
     """
     clock = Clock()
     num_tokens, num_supervised = count_tokens(world, batches, step)
-    sums = [0.0, 0.0, 0.0]
+    sums = [0.0] * len(RECORDED)
+    step_alpha = alpha.at(step)
     clock.mark("forward_backward_s")
     for index, (batch, payloads) in enumerate(islice(scored, len(batches)), start=1):
         clock.mark("wait_s")
-        result = engine.loss(batch.to(engine.device), payloads)
+        result = engine.loss(batch.to(engine.device), payloads, step_alpha)
         engine.backward(result.total, weight=1 / num_supervised, last=index == len(batches))
-        parts = (result.total.detach(), result.cross_entropy, result.divergence)
-        sums = [total + float(part) for total, part in zip(sums, parts, strict=True)]
+        sums = [total + result.sum(name) for total, name in zip(sums, RECORDED, strict=True)]
         clock.mark("forward_backward_s")
-    loss, cross_entropy, divergence = (total / num_supervised for total in world.sum(sums))
+    means: dict[str, Any] = dict(zip(RECORDED, (total / num_supervised for total in world.sum(sums)), strict=True))
     grad_norm = engine.grad_norm()
-    require_finite(step, loss, grad_norm)
+    require_finite(step, means["loss"], grad_norm)
+    alpha.observe(means["divergence"])
+    means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
     learning_rate = schedule(step)
     clock.mark("forward_backward_s")
     engine.update(learning_rate, grad_norm)
     clock.mark("update_s")
-    counts = (num_tokens, num_supervised, len(batches))
-    losses = (loss, cross_entropy, divergence)
-    return StepRecord(step, *losses, grad_norm, learning_rate, *counts, *clock.seconds(), resident_bytes())
+    return StepRecord(
+        step=step,
+        **means,
+        alpha=step_alpha,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        num_tokens=num_tokens,
+        num_supervised=num_supervised,
+        num_micro_batches=len(batches),
+        **clock.seconds(),
+        memory_bytes=resident_bytes(),
+    )
 
 
 def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from deltakd.data.packing import pack
 from deltakd.engine.protocol import Optimizer, StudentModule
 from deltakd.engine.single import SingleEngine
 from deltakd.losses import objective
+from deltakd.losses.schedules import ScheduledAlpha
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 from deltakd.teacher.references import NoReferences
@@ -43,7 +44,8 @@ def batch():
 
 
 def step(engine, number, batches):
-    return train_step(engine, SoloWorld(), lambda _: 0.01, batches, NoReferences().ahead(batches), number)
+    still = ScheduledAlpha(0.0, None, 1)
+    return train_step(engine, SoloWorld(), lambda _: 0.01, still, batches, NoReferences().ahead(batches), number)
 
 
 def test_a_step_learns_and_its_record_adds_up(engine):

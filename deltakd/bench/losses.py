@@ -1,0 +1,69 @@
+"""`deltakd bench losses`: the chunked loss beside the bare matrix products, plain torch, torch.compile, TRL and Liger.
+
+Every candidate runs in a process of its own, one after the other, and is divided by the products of the same run: times
+of different machines or days do not compare, ratios within one run do.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from deltakd.base.errors import RunError
+from deltakd.base.rundir import machine_facts
+from deltakd.bench.candidates import NAMES, Case
+
+
+def bench(template: Case, dtypes: Sequence[str], names: Sequence[str], out: Path) -> None:
+    """Measure every candidate in every dtype, print the table and write JSON."""
+    unknown = sorted(set(names) - set(NAMES))
+    if unknown:
+        raise RunError(f"bench losses: {unknown[0]} is no candidate. Write some of {','.join(NAMES)}.")
+    names = ["products", *(name for name in NAMES if name in names and name != "products")]
+    results = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("losses", total=len(names) * len(dtypes))
+        for dtype in dtypes:
+            for name in names:
+                progress.update(task, description=f"{name} {dtype}")
+                results.append(_measure(Case(**(asdict(template) | {"name": name, "dtype": dtype}))))
+                progress.advance(task)
+    report = {"machine": machine_facts(), "results": results}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n")
+    Console().print(_table(results))
+    print(f"{out}: written")
+
+
+def _measure(case: Case) -> dict[str, Any]:
+    command = [sys.executable, "-m", "deltakd.bench.candidates", json.dumps(asdict(case))]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        last = (child.stderr.strip().splitlines() or [f"signal {-child.returncode}, perhaps out of memory"])[-1]
+        return asdict(case) | {"missing": f"failed: {last}"}
+    result: dict[str, Any] = json.loads(child.stdout.splitlines()[-1])
+    return result
+
+
+def _table(results: Sequence[dict[str, Any]]) -> Table:
+    """Return times as ratios to the products of the same dtype, and peak memory beyond the inputs."""
+    first = results[0]
+    title = f"{first['tokens']:,} tokens, hidden {first['hidden']:,} and {first['teacher_hidden']:,}, "
+    table = Table(
+        "loss", "dtype", "time / products", "GiB beyond inputs", title=f"{title}{first['vocab']:,} tokens known"
+    )
+    bare = {result["dtype"]: result["seconds"] for result in results if result["name"] == "products"}
+    for result in results:
+        if "missing" in result:
+            table.add_row(result["name"], result["dtype"], f"not measured: {result['missing'][:60]}", "")
+        else:
+            ratio = f"{result['seconds'] / bare[result['dtype']]:.2f}"
+            table.add_row(result["name"], result["dtype"], ratio, f"{result['peak_bytes'] / 2**30:.2f}")
+    return table
