@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
 from deltakd.base.processes import end_with_launchers
+from deltakd.bench.command import add_bench, run_bench
 
 SILENCE_S = 4.0
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
     serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
     add_teacher_options(serve)
+    add_bench(verbs)
     return main
 
 
@@ -78,7 +80,7 @@ def parse(command_line: argparse.ArgumentParser, arguments: Sequence[str] | None
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
         command_line.error(f"unrecognized arguments: {' '.join(unknown)} (a setting is written key.sub=value)")
-    options.overrides = [*options.overrides, *rest]
+    options.overrides = [*getattr(options, "overrides", []), *rest]
     return options
 
 
@@ -89,6 +91,8 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         check_every_stage(options.recipe, options.overrides)
         print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
+    elif options.verb == "bench":
+        run_bench(options)
     elif options.verb == "serve":
         from deltakd.recipe.load import load
         from deltakd.recipe.ranks import serve

@@ -1,0 +1,74 @@
+"""The `bench` verb: its options, and what each measurement is started with. Imports no torch."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+MEASUREMENTS = {
+    "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
+    "variants": "train the eight parallelogram variants side by side, with and without the remedies",
+    "payloads": "how far 16-bit numbers and top k move the delta target",
+}
+
+
+def add_bench(verbs: Any) -> None:
+    """Add `bench losses`, `bench variants` and `bench payloads` to the command line."""
+    text = "measure: losses, variants or payloads; results go to a file and the terminal"
+    bench = verbs.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
+    kinds = bench.add_subparsers(dest="measurement", required=True, metavar="WHAT")
+
+    def kind(name: str, out: str) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = kinds.add_parser(
+            name, help=MEASUREMENTS[name], description=MEASUREMENTS[name][0].upper() + MEASUREMENTS[name][1:] + "."
+        )
+        command.add_argument("--out", type=Path, default=Path(out), help=f"where the results go; default {out}")
+        return command
+
+    def of_recipe(command: argparse.ArgumentParser) -> None:
+        command.add_argument("recipe", help="a name from recipes/, or a path; its models must be there")
+        command.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="settings that win over the recipe's"
+        )
+
+    losses = kind("losses", "bench/losses.json")
+    losses.add_argument("--tokens", type=int, default=2048, help="supervised tokens; default 2048")
+    losses.add_argument("--hidden", type=int, default=1536, help="the student's hidden size; default 1536")
+    losses.add_argument("--teacher-hidden", type=int, default=3584, help="the teacher's; default 3584")
+    losses.add_argument("--vocab", type=int, default=151_936, help="shared vocabulary; default 151936")
+    losses.add_argument("--chunk-tokens", type=int, default=512, help="tokens per chunk; default 512")
+    losses.add_argument("--repeats", type=int, default=2, help="the best of so many times counts; default 2")
+    losses.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
+    losses.add_argument("--only", default="deltakd,plain,compiled,trl,liger", help="candidates, comma-separated")
+    losses.add_argument("--device", default="cpu", help="cpu or cuda:0; default cpu")
+    variants = kind("variants", "bench/variants")
+    variants.add_argument("--steps", type=int, default=200, help="optimizer steps of each run; default 200")
+    of_recipe(variants)
+    of_recipe(kind("payloads", "bench/payloads.json"))
+
+
+def run_bench(options: argparse.Namespace) -> None:
+    """Start the measurement that the options name."""
+    if options.measurement == "losses":
+        from deltakd.bench import losses
+        from deltakd.bench.candidates import Case
+
+        sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "teacher_hidden", "vocab", "device")}
+        template = Case("products", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
+        losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
+        return
+    from deltakd.recipe.checks import check_every_stage, check_paths
+    from deltakd.recipe.load import load
+    from deltakd.recipe.ranks import use_threads
+
+    use_threads()
+    check_every_stage(options.recipe, options.overrides)
+    loaded = load(options.recipe, options.overrides)
+    check_paths(loaded.recipe, loaded.where, options.recipe)
+    if options.measurement == "variants":
+        from deltakd.bench import variants
+
+        variants.bench(options.recipe, options.overrides, options.steps, options.out)
+    else:
+        from deltakd.bench import payloads
+
+        payloads.bench(options.recipe, options.overrides, options.out)

@@ -1,0 +1,89 @@
+"""The eight variants as formulas in papers are written, in probabilities: where inf and NaN come from.
+
+`p = teacher * (student_raw / teacher_raw)^alpha`, normalised by its sum, and `sum p log(p / q)`. Here they are computed
+that way on real logits, in 16 and 32 bits, and beside them the same objectives in log space.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deltakd.data.packing import pack
+from deltakd.losses.objectives import objective
+from deltakd.losses.settings import VARIANTS, Weights
+from deltakd.models.forward import supervised_hidden
+from deltakd.models.load import load_model
+from deltakd.recipe.build import build_served, read_examples, read_inputs
+from deltakd.recipe.load import load
+
+ALPHAS = (0.25, 0.5, 1.0)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+NUM_EXAMPLES = 16
+# Half a unit of the student's logits: a student that has begun to move, where the points are not equal.
+NOISE = 0.5
+
+
+def faults(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
+    """Return, by variant, alpha and precision, the share of tokens whose loss or gradient is inf or NaN."""
+    z = logits(name, overrides)
+    found = []
+    for variant in VARIANTS:
+        for alpha in ALPHAS:
+            loss = objective({"target": {"name": "parallelogram", "variant": variant, "alpha": alpha}})
+            for dtype in DTYPES:
+                given = {model: values.to(dtype) for model, values in z.items()}
+                in_probabilities = _bad(
+                    given, lambda own, loss=loss, given=given: plain(own, given, loss.weights, loss)
+                )
+                in_logs = _bad(given, lambda own, loss=loss, given=given: loss.per_token(given | {"student": own}))
+                found.append(
+                    {
+                        "variant": variant,
+                        "alpha": alpha,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "bad_in_probabilities": in_probabilities,
+                        "bad_in_logs": in_logs,
+                    }
+                )
+    return found
+
+
+def plain(student: Tensor, given: dict[str, Tensor], weights: tuple[Weights, Weights], loss: Any) -> Tensor:
+    """Return the loss per token from powers and ratios of probabilities, in the precision of the logits."""
+    probabilities = {name: values.softmax(-1) for name, values in (given | {"student": student}).items()}
+    points = []
+    for point in weights:
+        product = torch.ones_like(student)
+        for name, weight in point.items():
+            product = product * probabilities[name] ** weight
+        points.append(product / product.sum(-1, keepdim=True))
+    p, q = points if loss.settings.divergence.name == "forward_kl" else reversed(points)
+    return (p * (p / q).log()).sum(-1)
+
+
+def _bad(given: dict[str, Tensor], loss: Any) -> float:
+    student = given["student"].clone().requires_grad_()
+    value = loss(student)
+    (grad,) = torch.autograd.grad(value.sum(), student)
+    return float((~(torch.isfinite(value) & torch.isfinite(grad).all(-1))).float().mean())
+
+
+@torch.no_grad()
+def logits(name: str, overrides: Sequence[str]) -> dict[str, Tensor]:
+    """Return all four models' float32 logits [n, V] on the supervised tokens of the recipe's first examples."""
+    target = "objective.target={name: delta, alpha: 0.5}"
+    loaded = load(name, [*overrides, target, "models.dtype=float32"])
+    inputs = read_inputs(loaded.recipe, loaded.where)
+    examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
+    batch = pack([examples[index] for index in range(min(NUM_EXAMPLES, len(examples)))])
+    models: dict[str, Any] = dict(build_served(inputs, "cpu"))
+    models["student"] = load_model("models.student.weights", inputs.student, loaded.recipe.models)
+    z = {}
+    for role, model in models.items():
+        head = model.get_output_embeddings().weight[: inputs.vocab_size]
+        z[role] = (supervised_hidden(model, batch, "packed") @ head.T).float()
+    generator = torch.Generator().manual_seed(0)
+    z["student"] += NOISE * torch.randn(z["student"].shape, generator=generator)
+    return z
