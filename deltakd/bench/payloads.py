@@ -1,8 +1,8 @@
 """`deltakd bench payloads`: how far each way of sending the frozen models' words moves the delta target.
 
 Mean over supervised tokens of KL(exact target, target as it arrives), the exact one from float32 hidden states and
-heads in float64. A renormalised top k rules the other tokens out, so there it is KL(target as it arrives, exact target);
-a tail bucket says how much mass the others have, not whose it is, so there the arriving target has it spread evenly.
+heads in float64. A renormalised top k rules the other tokens out, so there it is KL(target as it arrives, exact
+target); a tail bucket says how much mass the others have, not whose it is, so there it is spread evenly.
 """
 
 import json

@@ -4,15 +4,16 @@
 that way on real logits, in 16 and 32 bits, and beside them the same objectives in log space.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from deltakd.data.packing import pack
-from deltakd.losses.objectives import objective
-from deltakd.losses.settings import VARIANTS, Weights
+from deltakd.losses.objectives import Objective, objective
+from deltakd.losses.settings import VARIANTS
 from deltakd.models.forward import supervised_hidden
 from deltakd.models.load import load_model
 from deltakd.recipe.build import build_served, read_examples, read_inputs
@@ -34,27 +35,22 @@ def faults(name: str, overrides: Sequence[str]) -> list[dict[str, Any]]:
             loss = objective({"target": {"name": "parallelogram", "variant": variant, "alpha": alpha}})
             for dtype in DTYPES:
                 given = {model: values.to(dtype) for model, values in z.items()}
-                in_probabilities = _bad(
-                    given, lambda own, loss=loss, given=given: plain(own, given, loss.weights, loss)
-                )
-                in_logs = _bad(given, lambda own, loss=loss, given=given: loss.per_token(given | {"student": own}))
-                found.append(
-                    {
-                        "variant": variant,
-                        "alpha": alpha,
-                        "dtype": str(dtype).removeprefix("torch."),
-                        "bad_in_probabilities": in_probabilities,
-                        "bad_in_logs": in_logs,
-                    }
-                )
+                point = {"variant": variant, "alpha": alpha, "dtype": str(dtype).removeprefix("torch.")}
+                in_probabilities = _bad(given["student"], partial(plain, given=given, loss=loss))
+                in_logs = _bad(given["student"], partial(_in_logs, given=given, loss=loss))
+                found.append(point | {"bad_in_probabilities": in_probabilities, "bad_in_logs": in_logs})
     return found
 
 
-def plain(student: Tensor, given: dict[str, Tensor], weights: tuple[Weights, Weights], loss: Any) -> Tensor:
+def _in_logs(student: Tensor, given: dict[str, Tensor], loss: Objective) -> Tensor:
+    return loss.per_token(given | {"student": student})
+
+
+def plain(student: Tensor, given: dict[str, Tensor], loss: Objective) -> Tensor:
     """Return the loss per token from powers and ratios of probabilities, in the precision of the logits."""
     probabilities = {name: values.softmax(-1) for name, values in (given | {"student": student}).items()}
     points = []
-    for point in weights:
+    for point in loss.weights:
         product = torch.ones_like(student)
         for name, weight in point.items():
             product = product * probabilities[name] ** weight
@@ -63,8 +59,8 @@ def plain(student: Tensor, given: dict[str, Tensor], weights: tuple[Weights, Wei
     return (p * (p / q).log()).sum(-1)
 
 
-def _bad(given: dict[str, Tensor], loss: Any) -> float:
-    student = given["student"].clone().requires_grad_()
+def _bad(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
+    student = logits.clone().requires_grad_()
     value = loss(student)
     (grad,) = torch.autograd.grad(value.sum(), student)
     return float((~(torch.isfinite(value) & torch.isfinite(grad).all(-1))).float().mean())
