@@ -42,6 +42,8 @@ def add_bench(verbs: Any) -> None:
     losses.add_argument("--device", default="cpu", help="cpu or cuda:0; default cpu")
     variants = kind("variants", "bench/variants")
     variants.add_argument("--steps", type=int, default=200, help="optimizer steps of each run; default 200")
+    variants.add_argument("--variants", default="v1,v2,v3,v4,v5,v6,v7,v8", help="default: all eight")
+    variants.add_argument("--alphas", default="0.25,0.5,1.0", help="default 0.25,0.5,1.0")
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
 
@@ -67,7 +69,8 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.measurement == "variants":
         from deltakd.bench import variants
 
-        variants.bench(options.recipe, options.overrides, options.steps, options.out)
+        names, alphas = options.variants.split(","), [float(alpha) for alpha in options.alphas.split(",")]
+        variants.bench(options.recipe, options.overrides, options.steps, names, alphas, options.out)
     else:
         from deltakd.bench import payloads
 

@@ -26,7 +26,6 @@ from deltakd.recipe.load import load
 from deltakd.train.loop import train
 from deltakd.train.step import StepRecord
 
-ALPHAS = (0.25, 0.5, 1.0)
 UNCLIPPED = 1.0e9
 # Overrides by the name of what they do; log_ratio_clip acts on reverse KL alone.
 REMEDIES: Mapping[str, Sequence[str]] = {
@@ -39,14 +38,18 @@ PLAIN = ["engine={name: single}", "references.source=in_process"]
 LAST = 20  # steps over which the end of a run is averaged
 
 
-def bench(name: str, overrides: Sequence[str], steps: int, out: Path) -> None:
-    """Train every variant, alpha and remedy for `steps` steps; write JSON, a table and a plot beside it."""
+def bench(
+    name: str, overrides: Sequence[str], steps: int, variants: Sequence[str], alphas: Sequence[float], out: Path
+) -> None:
+    """Train every variant at every alpha with every remedy for `steps` steps; write JSON, a table and a plot."""
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        raise RunError(f"bench variants: {unknown[0]} is no variant. Write some of {','.join(VARIANTS)}.")
     points = [
         (variant, alpha, remedy)
-        for variant, (_, direction) in VARIANTS.items()
-        for alpha in ALPHAS
+        for variant in variants
+        for alpha in alphas
         for remedy in REMEDIES
-        if direction == "reverse" or not remedy.startswith("log ratio")
+        if VARIANTS[variant][1] == "reverse" or not remedy.startswith("log ratio")
     ]
     results = []
     with Progress(console=Console(stderr=True), transient=True) as progress:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltakd.losses import objective
-from deltakd.losses.divergences import DIVERGENCES, Points
+from deltakd.losses.divergences import DIVERGENCES, Points, nucleus
 
 DEFAULTS = {
     name: objective({"divergence": {"name": name}}).settings.divergence.model_dump(exclude={"name"})
@@ -90,3 +90,15 @@ def test_one_hot_points_are_no_special_case(name):
         value, grad = divergence(name, hot, z_q)
         assert torch.isfinite(value).all() and torch.isfinite(grad).all() and (value > -1e-15).all()
     assert (divergence(name, hot, hot)[0].abs() < 1e-15).all()
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0])
+def test_a_nucleus_is_the_smallest_set_that_holds_its_mass(spread):
+    """A flat distribution needs two thirds of its 3,000 tokens, far more than are looked at first; a peaked one few."""
+    z = spread * torch.randn(2, 3000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    p = z.softmax(-1)
+    kept = nucleus(p, 2 / 3 - 1e-6)
+    least_inside = torch.where(kept, p, 1.0).amin(-1)
+    assert (torch.where(kept, 0.0, p).amax(-1) <= least_inside).all()
+    held = torch.where(kept, p, 0.0).sum(-1)
+    assert (held >= 2 / 3 - 1e-6).all() and (held - least_inside < 2 / 3 - 1e-6).all()

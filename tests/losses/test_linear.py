@@ -277,17 +277,17 @@ print((peak_bytes("cpu") - before - gradients) / (4 * chunk * vocab))
 """
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "adaptive_kl"])
-def test_peak_memory_is_at_most_four_chunks_whatever_the_number_of_tokens(divergence):
+@pytest.mark.parametrize("divergence, most_tokens", [("forward_kl", 2048), ("adaptive_kl", 512)])
+def test_peak_memory_is_at_most_four_chunks_whatever_the_number_of_tokens(divergence, most_tokens):
     """Resident memory of a process of its own, in units of one float32 [chunk_tokens, V]; adaptive_kl also sorts."""
     peaks = [
         float(
             subprocess.run([sys.executable, "-c", MEMORY, str(n), divergence], capture_output=True, check=True).stdout
         )
-        for n in (512, 2048)
+        for n in (256, most_tokens)
     ]
     assert 1 < max(peaks) < 4, peaks
-    assert abs(peaks[0] - peaks[1]) < 1, peaks  # one [N, V] would add 12; the allocator's own slack is below 1
+    assert abs(peaks[0] - peaks[1]) < 1, peaks  # one [N, V] would add 2 or 14; the allocator's own slack is below 1
 
 
 def misfit(**changes) -> str:

@@ -1,0 +1,64 @@
+"""The bench's commands end with what they promise, on sizes that take seconds, and its candidates compute one thing."""
+
+import json
+
+import pytest
+import torch
+
+from deltakd.__main__ import main
+from deltakd.bench.candidates import Case, candidate, draw
+
+
+def test_every_candidate_gives_the_gradients_that_plain_torch_gives():
+    grads = {}
+    for name in ("plain", "deltakd"):
+        case = Case(name, tokens=20, hidden=8, teacher_hidden=12, vocab=300, chunk_tokens=7)
+        inputs = draw(case)
+        candidate(case)(inputs, case)
+        grads[name] = (inputs.student.grad, inputs.head.grad)
+    for ours, plain in zip(grads["deltakd"], grads["plain"], strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_bench_losses_divides_by_the_products_and_says_what_it_could_not_run(tmp_path, capsys):
+    out = tmp_path / "losses.json"
+    sizes = ["--tokens=64", "--hidden=8", "--teacher-hidden=8", "--vocab=500", "--chunk-tokens=16", "--repeats=1"]
+    assert main(["bench", "losses", *sizes, "--dtypes=float32", "--only=deltakd,liger", "--out", str(out)]) == 0
+    results = {result["name"]: result for result in json.loads(out.read_text())["results"]}
+    assert list(results) == ["products", "deltakd", "liger"]
+    ratio = results["deltakd"]["seconds"] / results["products"]["seconds"]
+    printed = capsys.readouterr().out
+    assert f"{ratio:.2f}" in printed and "not measured: " in printed and "liger_kernel" in results["liger"]["missing"]
+
+
+def test_bench_variants_trains_with_and_without_remedies_and_writes_table_and_plot(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(lab.folder)
+    out = tmp_path / "variants"
+    few = ["--steps=2", "--variants=v1,v8", "--alphas=0.5"]
+    assert main(["bench", "variants", str(lab.recipe), *few, "--out", str(out)]) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    runs = {(run["variant"], run["remedy"]): run for run in report["results"]}
+    assert len(runs) == 3 + 4 and all(run["num_steps"] == 2 for run in runs.values())
+    assert runs["v1", "none"]["grad_norm_first"] == runs["v1", "gradient clipped at 1"]["grad_norm_first"] > 0
+    assert runs["v8", "none"]["loss_first"] != runs["v8", "support top_p 0.99"]["loss_first"]
+    assert out.with_suffix(".md").read_text().count("\n") == 2 + 7 and "<svg" in out.with_suffix(".svg").read_text()
+    assert all(point["bad_in_logs"] == 0 for point in report["probabilities"])
+    assert any(point["bad_in_probabilities"] > 0 for point in report["probabilities"])
+
+
+def test_bench_payloads_finds_hidden_states_nearest_and_top_k_farthest(lab, tmp_path, monkeypatch):
+    monkeypatch.chdir(lab.folder)
+    out = tmp_path / "payloads.json"
+    assert main(["bench", "payloads", str(lab.recipe), "--out", str(out)]) == 0
+    kl = json.loads(out.read_text())["results"]
+    assert 0 < kl["hidden, float16"] < kl["hidden, bfloat16"] < kl["logits, bfloat16"]
+    assert kl["top_k 8, mass that is left out"] > kl["top_k 128, mass that is left out"] > 0
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [(["bench", "losses", "--only=ours"], "ours is no candidate"), (["bench", "variants", "x.yaml"], "x.yaml")],
+)
+def test_what_cannot_be_measured_is_said_in_one_sentence(command, words, capsys):
+    assert main(command) == 2
+    assert words in capsys.readouterr().err
