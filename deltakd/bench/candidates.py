@@ -18,24 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from deltakd.bench.case import Case
 from deltakd.losses import linear_loss, objective
-
-NAMES = ("products", "deltakd", "plain", "compiled", "trl", "liger")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Sizes of one measurement; hidden sizes and vocabulary are Qwen2.5 7B -> 1.5B's by default."""
-
-    name: str
-    tokens: int = 2048
-    hidden: int = 1536
-    teacher_hidden: int = 3584
-    vocab: int = 151_936
-    dtype: str = "float32"
-    chunk_tokens: int = 256
-    repeats: int = 2
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deltakd.bench.case import NAMES, Case
+
+CANDIDATES = "; ".join(f"{name}: {text}" for name, text in NAMES.items())
 MEASUREMENTS = {
     "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
     "variants": "train the eight parallelogram variants side by side, with and without the remedies",
-    "payloads": "how far 16-bit numbers and top k move the delta target",
+    "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
 }
 
 
@@ -38,7 +41,9 @@ def add_bench(verbs: Any) -> None:
     losses.add_argument("--chunk-tokens", type=int, default=512, help="tokens per chunk; default 512")
     losses.add_argument("--repeats", type=int, default=2, help="the best of so many times counts; default 2")
     losses.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
-    losses.add_argument("--only", default="deltakd,plain,compiled,trl,liger", help="candidates, comma-separated")
+    losses.add_argument(
+        "--only", default="deltakd,plain,compiled,trl,liger", help=f"candidates, by commas: {CANDIDATES}"
+    )
     losses.add_argument("--device", default="cpu", help="cpu or cuda:0; default cpu")
     variants = kind("variants", "bench/variants")
     variants.add_argument("--steps", type=int, default=200, help="optimizer steps of each run; default 200")
@@ -52,7 +57,6 @@ def run_bench(options: argparse.Namespace) -> None:
     """Start the measurement that the options name."""
     if options.measurement == "losses":
         from deltakd.bench import losses
-        from deltakd.bench.candidates import Case
 
         sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "teacher_hidden", "vocab", "device")}
         template = Case("products", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)

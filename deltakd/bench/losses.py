@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from deltakd.base.errors import RunError
 from deltakd.base.rundir import machine_facts
-from deltakd.bench.candidates import NAMES, Case
+from deltakd.bench.case import NAMES, Case
 
 
 def bench(template: Case, dtypes: Sequence[str], names: Sequence[str], out: Path) -> None:
@@ -27,17 +26,14 @@ def bench(template: Case, dtypes: Sequence[str], names: Sequence[str], out: Path
     if unknown:
         raise RunError(f"bench losses: {unknown[0]} is no candidate. Write some of {','.join(NAMES)}.")
     names = ["products", *(name for name in NAMES if name in names and name != "products")]
-    results = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("losses", total=len(names) * len(dtypes))
-        for dtype in dtypes:
-            for name in names:
-                progress.update(task, description=f"{name} {dtype}")
-                results.append(_measure(Case(**(asdict(template) | {"name": name, "dtype": dtype}))))
-                progress.advance(task)
+    results: list[dict[str, Any]] = []
     report = {"machine": machine_facts(), "results": results}
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n")
+    for dtype in dtypes:
+        for name in names:
+            print(f"{name} {dtype}: measuring", file=sys.stderr, flush=True)
+            results.append(_measure(Case(**(asdict(template) | {"name": name, "dtype": dtype}))))
+            out.write_text(json.dumps(report, indent=1) + "\n")  # what is measured is kept if the rest is not
     Console().print(_table(results))
     print(f"{out}: written")
 
@@ -62,8 +58,9 @@ def _table(results: Sequence[dict[str, Any]]) -> Table:
     bare = {result["dtype"]: result["seconds"] for result in results if result["name"] == "products"}
     for result in results:
         if "missing" in result:
-            table.add_row(result["name"], result["dtype"], f"not measured: {result['missing'][:60]}", "")
+            table.add_row(result["name"], result["dtype"], "", f"not measured: {result['missing'][:60]}", "")
         else:
             ratio = f"{result['seconds'] / bare[result['dtype']]:.2f}"
-            table.add_row(result["name"], result["dtype"], ratio, f"{result['peak_bytes'] / 2**30:.2f}")
+            seconds = f"{result['seconds']:.3g}"
+            table.add_row(result["name"], result["dtype"], seconds, ratio, f"{result['peak_bytes'] / 2**30:.2f}")
     return table

@@ -55,7 +55,9 @@ def bench(name: str, overrides: Sequence[str], out: Path) -> None:
     facts |= {"num_tokens": len(exact), "vocab_size": exact.shape[-1], "results": dict(rows)}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=1) + "\n")
-    table = Table("payload", "mean KL, nats", title=f"{name}: {len(exact):,} tokens, {exact.shape[-1]:,} known")
+    table = Table(
+        "payload", "mean KL, nats; or mass", title=f"{name}: {len(exact):,} tokens, vocabulary {exact.shape[-1]:,}"
+    )
     for label, value in rows:
         table.add_row(label, f"{value:.2e}")
     Console().print(table)

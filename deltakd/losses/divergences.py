@@ -48,7 +48,7 @@ class Points:
 
 def dot(weights: Tensor, values: Tensor) -> Tensor:
     """Return sum over outcomes of weights * values [n]."""
-    if weights.device.type == "cpu" and len(weights) <= 4:  # one pass each, where vecdot writes the products first
+    if weights.device.type == "cpu" and 0 < len(weights) <= 4:  # one pass each, where vecdot writes the products first
         return torch.stack([torch.dot(*pair) for pair in zip(weights, values, strict=True)])
     return torch.linalg.vecdot(weights, values)
 
@@ -124,10 +124,10 @@ def nucleus(p: Tensor, mass: float) -> Tensor:
     """Mark the smallest set of most probable outcomes that holds `mass` of p [n, V]; the first is always in."""
     num = min(_NUCLEUS, p.shape[-1])
     values, order = p.topk(num, dim=-1)
-    kept = values.cumsum(-1) - values < mass
+    kept = values.double().cumsum(-1) - values < mass
     if num < p.shape[-1] and bool(kept[:, -1].any()):
         values, order = p.sort(dim=-1, descending=True)
-        kept = values.cumsum(-1) - values < mass
+        kept = values.double().cumsum(-1) - values < mass
     return torch.zeros_like(p, dtype=torch.bool).scatter_(-1, order, kept)
 
 

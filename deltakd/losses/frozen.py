@@ -6,14 +6,13 @@ states first and share one product. Float32 products are summed in place, one bu
 Shapes: N supervised tokens, n tokens of a chunk, H_m hidden size of model m, V shared vocabulary.
 """
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deltakd.base.errors import LossError
-from deltakd.losses.objectives import Frozen, Objective, lowest, refuse_given, refuse_missing
+from deltakd.losses.objectives import Frozen, Objective, lowest
 from deltakd.losses.points import STUDENT, Sampled, TopK, mix
 from deltakd.losses.settings import Weights
 
@@ -104,9 +103,10 @@ class _PointChunks:
 
 def _by_head(pairs: list[tuple[float, Tensor, Tensor]]) -> list[tuple[list[Term], Tensor]]:
     """Group (weight, hidden states, head) by head."""
-    groups: dict[int, tuple[list[Term], Tensor]] = {}
+    groups: dict[tuple[Any, ...], tuple[list[Term], Tensor]] = {}
     for weight, hidden, head in pairs:
-        groups.setdefault(head.data_ptr(), ([], head))[0].append((weight, hidden))
+        same = (head.data_ptr(), head.shape, head.stride(), head.dtype)
+        groups.setdefault(same, ([], head))[0].append((weight, hidden))
     return list(groups.values())
 
 
@@ -119,50 +119,3 @@ def _sum_hidden(terms: list[Term], rows: slice, dtype: torch.dtype) -> Tensor:
     for weight, hidden in terms[1:]:
         total.add_(hidden[rows].to(wide), alpha=weight)
     return total.to(dtype)
-
-
-def refuse_unfit(
-    hidden_NH: Tensor,
-    head_VH: Tensor,
-    references: Mapping[str, Reference],
-    labels_N: Tensor | None,
-    objective: Objective,
-) -> None:
-    """Raise LossError unless references and labels are there and have the student's tokens and vocabulary."""
-    num_tokens, vocab_size = len(hidden_NH), len(head_VH)
-    if labels_N is None and objective.settings.sft_weight > 0:
-        raise LossError(f"labels: missing, but sft_weight is {objective.settings.sft_weight:g}. Pass labels [N].")
-    if labels_N is not None and len(labels_N) != num_tokens:
-        raise LossError(f"labels: {len(labels_N):,} for {num_tokens:,} hidden states. Pass one per supervised token.")
-    given = references.get(TARGET)
-    of_q = objective.weights[1] if given is not None and objective.needs else {}
-    needed = objective.needs if given is None else frozenset(set(of_q) - {STUDENT})
-    refuse_missing(needed, references)
-    if given is not None:
-        refuse_given(objective.settings, given)
-    for name in sorted(needed | ({TARGET} if given is not None else set())):
-        _refuse_misfit(name, references[name], num_tokens, vocab_size)
-
-
-def _refuse_misfit(name: str, part: Reference, num_tokens: int, vocab_size: int) -> None:
-    if isinstance(part, TopK | Sampled):
-        tokens, width = len(part.ids), vocab_size
-        if part.ids.numel() and int(part.ids.max()) >= vocab_size:
-            raise LossError(f"{name}: token {int(part.ids.max()):,} of a vocabulary of {vocab_size:,}. Cut it there.")
-    elif isinstance(part, Tensor):
-        tokens, width = len(part), part.shape[-1]
-    else:
-        hidden, head = part
-        tokens, width = len(hidden), len(head)
-        if hidden.shape[-1] != head.shape[-1]:
-            raise LossError(f"{name}: hidden states {hidden.shape[-1]} wide, head {head.shape[-1]}. Pass one model's.")
-        if hidden.numel() and not all(math.isfinite(end) for end in torch.aminmax(hidden.detach())):
-            bad = int((~torch.isfinite(hidden)).sum())
-            raise LossError(f"{name}: {bad:,} of {hidden.numel():,} hidden numbers are not finite. Look at the model.")
-    if tokens != num_tokens:
-        raise LossError(f"{name}: speaks of {tokens:,} tokens, the student of {num_tokens:,}. Pass the same tokens.")
-    if width < vocab_size:
-        raise LossError(
-            f"{name}: a vocabulary of {width:,}, smaller than the student's head of {vocab_size:,}. "
-            f"Cut the student's head to {width:,} rows."
-        )

@@ -10,15 +10,17 @@ Shapes: N supervised tokens, n tokens of a chunk, H hidden size of the student, 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deltakd.base.errors import LossError
-from deltakd.losses.frozen import FrozenChunks, Reference, refuse_unfit
+from deltakd.losses.fit import refuse_broken_heads, refuse_unfit
+from deltakd.losses.frozen import FrozenChunks, Reference
 from deltakd.losses.objectives import STATISTICS, Objective
 
 __all__ = ["LinearLoss", "Reference", "linear_loss"]
@@ -49,10 +51,12 @@ class LinearLoss:
     """
 
     total: Tensor
-    statistics: Tensor
+    statistics: Tensor = field(repr=False)
 
     def token(self, name: str) -> Tensor:
-        """Return one statistic of every token [N]."""
+        """Return one statistic of every token [N]; raises LossError for a name that is none of STATISTICS."""
+        if name not in STATISTICS:
+            raise LossError(f"statistics: {name} is not known. Write one of {', '.join(STATISTICS)}.")
         return self.statistics[STATISTICS.index(name)]
 
     def sum(self, name: str) -> float:
@@ -79,11 +83,14 @@ def linear_loss(
     Raises LossError for references or labels that are missing, do not fit or are not numbers.
     """
     refuse_unfit(hidden_NH, head_VH, references, labels_N, objective)
+    chunk_tokens = objective.chunk_tokens if chunk_tokens is None else chunk_tokens
+    if type(chunk_tokens) is not int or chunk_tokens < 1:
+        raise LossError(f"chunk_tokens: {chunk_tokens!r}. Write a whole number above 0.")
     if labels_N is None:
         labels_N = torch.zeros(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
-    total, statistics = _LinearLoss.apply(
-        hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens or objective.chunk_tokens
-    )
+    total, statistics = _LinearLoss.apply(hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens)
+    if not torch.isfinite(total):
+        refuse_broken_heads(references)
     return LinearLoss(total, statistics)
 
 
@@ -130,6 +137,7 @@ class _LinearLoss(torch.autograd.Function):
         return statistics[STATISTICS.index("loss")].sum(dtype=torch.float64), statistics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise LossError("linear_loss: its gradients were handed out before. Call backward with retain_graph=True.")

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from deltakd.base.errors import LossError, RecipeError
+from deltakd.base.errors import LossError
+from deltakd.losses.block import read_block
 from deltakd.losses.divergences import DIVERGENCES, LOG_ZERO, Points, dot, nucleus
 from deltakd.losses.points import STUDENT, Sampled, TopK, log_probabilities, mix, restrict, widen
 from deltakd.losses.settings import (
@@ -65,7 +67,10 @@ class Objective:
     alpha: float  # the target's moving number at this step
 
     def at(self, alpha: float) -> "Objective":
-        """Return the objective with its target at another alpha (of TAID: at another t)."""
+        """Return the objective with its target at another alpha (of TAID: at another t).
+
+        Targets that hold no such number stay as they are; `needs` speaks of the settings' alphas.
+        """
         return self if alpha == self.alpha else replace(self, alpha=alpha)
 
     @cached_property
@@ -75,8 +80,10 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The frozen models whose logits it uses, at any alpha of its schedule."""
-        return needed_references(self.settings)
+        """The frozen models whose logits it uses, at any alpha of its schedule and at its own."""
+        needed = needed_references(self.settings)
+        now = {name for weights in self.weights for name, weight in weights.items() if weight and name != STUDENT}
+        return needed | now if needed else needed
 
     @property
     def chunk_tokens(self) -> int:
@@ -128,7 +135,7 @@ class Objective:
         settings, given = self.settings, log_q
         if has_walls:
             log_p, log_q = self._inside_walls(log_p, log_q)
-        if settings.support is not None:
+        if settings.support is not None and settings.support.top_p < 1:
             kept = nucleus(log_p.exp(), settings.support.top_p)
             log_p, log_q = restrict(log_p, kept), restrict(log_q, kept)
         points = Points(log_p, log_q, q if log_q is given else log_q.exp(), settings.log_ratio_clip)
@@ -143,11 +150,17 @@ class Objective:
 
         A token without mass in Q leaves P; one without mass in P leaves Q only where reverse KL asks for log q/p.
         """
-        empty_p, empty_q = torch.isneginf(log_p), torch.isneginf(log_q)
-        if empty_q.any():
-            log_p = restrict(log_p, ~(empty_p | empty_q))
-        if self.settings.divergence.name in WITH_REVERSE_KL and empty_p.any():
-            log_q = restrict(log_q, ~(empty_p | empty_q))
+        some_p, some_q = log_p > -torch.inf, log_q > -torch.inf
+        kept = some_p & some_q
+        if not kept.any(-1).all():
+            bad = int((~kept.any(-1)).sum())
+            raise LossError(
+                f"references: at {bad:,} tokens frozen models rule out everything between them. Look at them."
+            )
+        if not some_q.all():
+            log_p = restrict(log_p, kept)
+        if self.settings.divergence.name in WITH_REVERSE_KL and not some_p.all():
+            log_q = restrict(log_q, kept)
         return log_p.clamp_min(LOG_ZERO), log_q.clamp_min(LOG_ZERO)
 
     def _of_buckets(self, target: TopK, log_q: Tensor, q: Tensor, has_walls: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -155,7 +168,7 @@ class Objective:
         log_p = torch.log_softmax(torch.cat([widen(target.log_probs), _tail(target)], dim=-1).to(log_q.dtype), dim=-1)
         log_rest = log_q.scatter(-1, target.ids, -torch.inf).logsumexp(-1, keepdim=True)
         buckets = torch.cat([log_q.gather(-1, target.ids), log_rest], dim=-1)
-        walls = has_walls or target.log_tail is None or target.ids.shape[-1] == log_q.shape[-1]
+        walls = has_walls or bool(torch.isneginf(log_p).any()) or target.ids.shape[-1] == log_q.shape[-1]
         parts, grad = self._of_points(log_p, buckets, buckets.exp(), walls)
         # Inside a bucket the student's own proportions are kept: each token takes q_token / q_bucket of its gradient.
         rest = log_rest.exp()
@@ -174,11 +187,14 @@ class Objective:
         logits [n, V] by model name, `student` among them; float64 if the student's are, else float32. Raises LossError
         if a model that the objective needs, or labels while sft_weight is above 0, are missing or do not fit.
         """
-        student = logits[STUDENT]
+        student = logits.get(STUDENT)
+        if student is None or student.dim() != 2 or not student.is_floating_point():
+            raise LossError(f"student: logits [n, V] are missing or not of that form; given: {', '.join(logits)}.")
         if labels is None:
             if self.settings.sft_weight > 0:
                 raise LossError(f"labels: missing, but sft_weight is {self.settings.sft_weight:g}. Pass labels [n].")
             labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
+        refuse_labels(labels, *student.shape)
         refuse_missing(self.needs, logits)
         used = {name: logits[name] for name in sorted(self.needs)}
         for name, values in used.items():
@@ -201,6 +217,7 @@ class _PerToken(torch.autograd.Function):
         return result.statistics["loss"]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_student,) = ctx.saved_tensors
         return (grads[0].unsqueeze(-1) * grad_student).to(ctx.dtype), None, None, None
@@ -229,14 +246,25 @@ def refuse_missing(needs: frozenset[str], given: Mapping[str, Any]) -> None:
         raise LossError(f"{name}: missing. The objective needs {', '.join(sorted(needs))}; given: {', '.join(given)}.")
 
 
+def refuse_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> None:
+    """Raise LossError unless there is one token of the vocabulary for every row of logits."""
+    if labels.shape != (num_tokens,) or labels.is_floating_point():
+        found = f"{labels.dtype} of shape {list(labels.shape)}"
+        raise LossError(f"labels: {found} for {num_tokens:,} tokens. Pass one whole number per supervised token.")
+    if num_tokens and (int(labels.min()) < 0 or int(labels.max()) >= vocab_size):
+        ends = f"{int(labels.min())} to {int(labels.max())}"
+        raise LossError(f"labels: {ends}, the vocabulary 0 to {vocab_size - 1}. Leave tokens without a label out.")
+
+
 def lowest(name: str, logits: Tensor) -> float:
-    """Return the lowest logit, -inf if a token is ruled out; raises LossError for NaN."""
-    value = float(logits.amin()) if logits.numel() else 0.0
-    if value != value:
-        raise LossError(
-            f"{name}: {int(logits.isnan().sum()):,} of {logits.numel():,} logits are NaN. Look at the model."
-        )
-    return value
+    """Return the lowest logit, -inf if a token is ruled out; raises LossError for NaN and +inf."""
+    if not logits.numel():
+        return 0.0
+    least, most = (float(end) for end in torch.aminmax(logits.detach()))
+    if not most < torch.inf:  # NaN is not below anything
+        bad = int((logits.isnan() | logits.isposinf()).sum())
+        raise LossError(f"{name}: {bad:,} of {logits.numel():,} logits are NaN or +inf. Look at the model.")
+    return least
 
 
 def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
@@ -245,7 +273,7 @@ def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
     Raises RecipeError with one line per key that cannot hold.
     """
     if not isinstance(settings, ObjectiveSettings):
-        settings = _validated(settings)
+        settings = read_block(settings)
     return Objective(settings, start_alpha(settings.target))
 
 
@@ -256,15 +284,5 @@ def refuse_given(settings: ObjectiveSettings, target: object) -> None:
     if isinstance(target, Sampled) and (settings.divergence.name != "forward_kl" or settings.support is not None):
         raise LossError(
             f"target: draws estimate forward_kl over all tokens alone, not {settings.divergence.name}"
-            f"{'' if settings.support is None else ' on a support'}. Use top_k, hidden or logits payloads."
+            f"{'' if settings.support is None else ' on a support'}. Give a TopK or the logits."
         )
-
-
-def _validated(settings: Mapping[str, Any]) -> ObjectiveSettings:
-    from pydantic import ValidationError
-
-    try:
-        return ObjectiveSettings.model_validate(dict(settings))
-    except ValidationError as error:
-        lines = [f"{'.'.join(['objective', *map(str, e['loc'])])}: {e['msg']}, {e['input']!r}." for e in error.errors()]
-        raise RecipeError("\n".join(lines)) from error

@@ -72,7 +72,7 @@ def mix(weights: Mapping[str, float], logits: Mapping[str, Tensor]) -> Tensor | 
 
 def log_probabilities(frozen: Tensor | None, student: Tensor, student_weight: float, temperature: float) -> Tensor:
     """Return log P [n, V] of frozen + student_weight * student, with -inf where it has no mass."""
-    total = frozen
+    total = None if frozen is None else frozen.to(student.dtype)
     if student_weight:
         own = student if student_weight == 1 else student_weight * student
         total = own if total is None else total + own

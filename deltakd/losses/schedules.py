@@ -50,8 +50,8 @@ class TaidAlpha:
         return self.t
 
     def observe(self, loss: float) -> None:
-        if self.last is not None:
-            change = (self.last - loss) / (self.last + 1e-15)
+        if self.last:  # after a loss of exactly 0 there is nothing that another could be compared with
+            change = (self.last - loss) / self.last
             self.momentum = self._target.momentum * self.momentum + (1 - self._target.momentum) * change
             # Not below -500: exp would overflow, and the sigmoid is 0 there anyway.
             pull = 1 / (1 + math.exp(-max(self.momentum, -500.0)))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from deltakd.base.errors import LossError
 from deltakd.base.settings import Settings
 
 VERTICES = ("student", "teacher", "student_raw", "teacher_raw")
@@ -93,9 +94,9 @@ class ParallelogramTarget(Settings):
     @model_validator(mode="before")
     @classmethod
     def _spell_out(cls, given: Any) -> Any:
-        if not isinstance(given, dict) or given.get("variant") not in VARIANTS:
+        if not isinstance(given, dict) or str(given.get("variant")) not in VARIANTS:
             return given
-        vertex, direction = VARIANTS[given["variant"]]
+        vertex, direction = VARIANTS[str(given["variant"])]
         named = {"vertex": vertex, "direction": direction}
         for key, value in named.items():
             if given.get(key) not in (None, value):
@@ -143,7 +144,12 @@ class JsdDivergence(Settings):
     """beta KL(p, m) + (1 - beta) KL(q, m), m = beta p + (1 - beta) q: the beta of GKD and TRL."""
 
     name: Literal["jsd"]
-    beta: float = Field(0.5, gt=0.0, lt=1.0, description="The target's share of m. The ends are the two KLs.")
+    beta: float = Field(
+        0.5,
+        gt=0.0,
+        lt=1.0,
+        description="The target's share of m. At both ends it vanishes; for the two KLs write forward_kl, reverse_kl.",
+    )
 
 
 class SkewDivergence(Settings):
@@ -233,7 +239,7 @@ def _direction(target: Any) -> str | None:
     if not isinstance(target, dict) or target.get("name") != "parallelogram":
         return None
     direction = VARIANTS.get(str(target.get("variant")), (None, target.get("direction")))[1]
-    return direction if direction in DIRECTIONS else None
+    return direction if str(direction) in DIRECTIONS else None
 
 
 Weights = dict[str, float]
@@ -264,6 +270,8 @@ def point_weights(target: Target, alpha: float) -> tuple[Weights, Weights]:
         return {"teacher": 1.0} | shift, student
     if target.vertex == "teacher":
         return {"teacher": 1.0}, student | {"student_raw": -alpha, "teacher_raw": alpha}
+    if alpha == 0:
+        raise LossError(f"alpha: 0, by which vertex {target.vertex} divides. Write an alpha that is never 0.")
     step = 1.0 / alpha
     if target.vertex == "student_raw":
         return {"student_raw": 1.0}, {"teacher_raw": 1.0, "student": step, "teacher": -step}

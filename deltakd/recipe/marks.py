@@ -53,17 +53,27 @@ def read_value(text: str, key: str) -> Marked:
     return tree
 
 
+# Where a name alone stands for the mapping with that name.
+NAMED_BY_A_WORD = ("target", "divergence")
+
+
 def merge(base: Marked, over: Marked) -> Marked:
     """Lay `over` on `base`: mappings merge key by key, anything else replaces.
 
-    A mapping whose `name` changes replaces too, since settings of one named part mean nothing to another.
+    A mapping whose `name` changes replaces too, since settings of one named part mean nothing to another. A name alone
+    under settings of its part (`divergence=jsd divergence.beta=0.3`) is the mapping with that name.
     """
     if not isinstance(base.value, dict) or not isinstance(over.value, dict) or _changes_name(base.value, over.value):
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
-        merged[key] = merge(merged[key], child) if key in merged else child
+        merged[key] = merge(_spelt_out(key, merged[key]), _spelt_out(key, child)) if key in merged else child
     return Marked(merged, over.place)
+
+
+def _spelt_out(key: str, tree: Marked) -> Marked:
+    is_word = key in NAMED_BY_A_WORD and isinstance(tree.value, str)
+    return Marked({"name": tree}, tree.place) if is_word else tree
 
 
 def plain(tree: Marked) -> Any:

@@ -65,6 +65,25 @@ def test_top_k_with_a_tail_never_exceeds_the_whole_divergence_and_grows_with_k(c
     assert values == sorted(values) and values[-1] == pytest.approx(whole, rel=1e-10)
 
 
+def test_a_target_without_mass_outside_its_top_k_and_a_student_without_any_there_stay_finite(case):
+    hidden, head, log_p = case
+    certain = top_k(log_p, 4)
+    certain = TopK(certain.ids, certain.log_probs.log_softmax(-1), torch.full((NUM_TOKENS,), -torch.inf))
+    renormalised = TopK(certain.ids, certain.log_probs)
+    sure = head * 0
+    sure[:4] = 1e4 * torch.eye(4, HIDDEN, dtype=torch.float64)  # the student is sure of one of the first four tokens
+    four = TopK(torch.arange(4).expand(NUM_TOKENS, 4), certain.log_probs, torch.full((NUM_TOKENS,), -3.0))
+    for divergence in DIVERGENCES:
+        loss = objective({"divergence": divergence})
+        one, other = (linear_loss(hidden, head, {"target": part}, None, loss).total for part in (certain, renormalised))
+        assert torch.isfinite(one) and one.item() == pytest.approx(other.item(), rel=1e-12)
+        far = linear_loss(
+            hidden.detach().abs().requires_grad_(), sure.detach().requires_grad_(), {"target": four}, None, loss
+        )
+        assert torch.isfinite(far.total)
+        far.total.backward()
+
+
 def test_a_student_equal_to_the_target_is_at_zero_whatever_the_k(case):
     hidden, head, _ = case
     log_p = torch.log_softmax(hidden @ head.T, -1).detach()
@@ -88,6 +107,11 @@ def test_a_renormalised_top_k_pulls_all_mass_onto_its_tokens(case):
     torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
+def expected_again(case):
+    hidden, head, log_p = case
+    return linear_loss(hidden, head, {"target": log_p}, None, objective({}))
+
+
 def test_draws_estimate_the_gradient_of_forward_kl_without_bias(case):
     """All tokens at their probabilities are the expectation; a share of draws is what its counts say."""
     hidden, head, log_p = case
@@ -100,6 +124,9 @@ def test_draws_estimate_the_gradient_of_forward_kl_without_bias(case):
         strict=True,
     ):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+    doubled = linear_loss(hidden, head, {"target": Sampled(ids, 2 * log_p.exp())}, None, objective({}))
+    (twice,), (once,) = (torch.autograd.grad(loss.total, hidden) for loss in (doubled, expected_again(case)))
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-9, atol=1e-11)
     draws = torch.multinomial(log_p.exp(), 6, replacement=True, generator=torch.Generator().manual_seed(2))
     result = linear_loss(hidden, head, {"target": Sampled(draws)}, None, objective({}))
     plain = -torch.log_softmax(hidden @ head.T, -1).gather(-1, draws).mean(-1).sum()

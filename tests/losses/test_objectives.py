@@ -129,6 +129,34 @@ def test_support_is_the_divergence_on_the_target_s_nucleus_alone(divergence):
     torch.testing.assert_close(ours, plain)
 
 
+def test_a_token_that_q_rules_out_leaves_both_points():
+    z = logits(17)
+    z["student_raw"][:, 4] = -torch.inf
+    others = [token for token in range(VOCAB) if token != 4]
+    for divergence in DIVERGENCES:
+        loss = objective({"target": {"name": "parallelogram", "vertex": "teacher"}, "divergence": divergence})
+        without = loss.per_token({name: values[:, others] for name, values in z.items()})
+        torch.testing.assert_close(loss.per_token(z), without)
+
+
+def test_rounding_never_makes_a_divergence_negative():
+    z = {name: values.float() for name, values in logits(18).items()}
+    z["student"] = z["teacher"] * (1 + 1e-7)
+    for divergence in DIVERGENCES:
+        assert (objective({"divergence": divergence}).per_token(z) >= 0).all()
+
+
+def test_no_token_is_no_loss():
+    z = {name: values[:0].requires_grad_() for name, values in logits(19).items()}
+    assert objective({}).per_token(z).shape == (0,)
+
+
+def test_support_of_all_mass_is_no_restriction():
+    z = {name: 4 * values.repeat(1, 2000).float() for name, values in logits(20).items()}
+    whole = objective({"support": {"top_p": 1.0}})
+    assert torch.equal(whole.per_token(z), objective({}).per_token(z))
+
+
 def test_a_clipped_log_ratio_bounds_the_gradient_of_reverse_kl_and_leaves_its_value():
     z = {"teacher": torch.tensor([[0.0, -200.0]], dtype=torch.float64), "student": torch.zeros(1, 2).double()}
     z["student"] = z["student"].requires_grad_()
@@ -136,6 +164,18 @@ def test_a_clipped_log_ratio_bounds_the_gradient_of_reverse_kl_and_leaves_its_va
     assert torch.equal(plain.per_token(z), clipped.per_token(z))
     grads = [torch.autograd.grad(loss.per_token(z).sum(), z["student"])[0].abs().max() for loss in (plain, clipped)]
     assert grads[0] > 40 and grads[1] <= 1
+    # Both ends: the student puts much less on a token than the target does; and in symmetric_kl's share too.
+    low = {"teacher": torch.tensor([[0.0, 0.0]]).double(), "student": torch.tensor([[0.0, -7.0]]).double()}
+    q = low["student"].softmax(-1)[0, 1].item()
+    for name, share in (("reverse_kl", 1.0), ("symmetric_kl", 0.5)):
+        ratio = torch.tensor(
+            [math.log(2 * (1 - q)), -2.0], dtype=torch.float64
+        )  # log q/p, the second clipped from -6.3
+        own = low["student"].clone().requires_grad_()
+        loss = objective({"divergence": name, "log_ratio_clip": 2.0})
+        (grad,) = torch.autograd.grad(loss.per_token(low | {"student": own}).sum(), own)
+        reverse = q * (ratio[1] - ((1 - q) * ratio[0] + q * ratio[1]))
+        assert grad[0, 1].item() == pytest.approx(share * reverse.item() + (1 - share) * (q - 0.5), rel=1e-9)
     near = logits(14, scale=0.01)  # nothing to clip: the same gradient
     near["student"] = near["student"].requires_grad_()
     same = [torch.autograd.grad(loss.per_token(near).sum(), near["student"])[0] for loss in (plain, clipped)]
@@ -157,6 +197,9 @@ def test_an_objective_at_another_alpha_is_the_objective_of_that_alpha():
     moved = objective({"target": {"name": "delta", "alpha": 0.1, "schedule": {"end": 0.9}}}).at(0.6)
     there = objective({"target": {"name": "delta", "alpha": 0.6}})
     assert torch.equal(moved.per_token(logits(15)), there.per_token(logits(15)))
+    assert objective({"target": {"name": "delta", "alpha": 0.0}}).at(0.5).needs == set(FROZEN)
+    with pytest.raises(LossError, match="alpha: 0, by which vertex student_raw divides"):
+        _ = objective({"target": {"name": "parallelogram", "vertex": "student_raw"}}).at(0.0).weights
     assert objective({"target": {"name": "delta", "alpha": 0.0, "schedule": {"end": 1.0}}}).needs == set(FROZEN)
 
 
@@ -166,7 +209,12 @@ def test_taid_rises_with_the_steps_and_faster_while_the_loss_falls():
     assert alpha.at(1) == 0.4
     alpha.observe(2.0)
     alpha.observe(1.0)
-    assert alpha.at(2) == pytest.approx(0.4 + 0.05 / (1 + math.exp(-0.005)) * 0.6, abs=1e-8)
+    second = 0.4 + 0.05 / (1 + math.exp(-0.005)) * 0.6
+    assert alpha.at(2) == pytest.approx(second, abs=1e-8)
+    alpha.observe(0.75)
+    third = second + 0.05 / (1 + math.exp(-(0.99 * 0.005 + 0.01 * 0.25))) * (1 - second)
+    assert alpha.at(3) == pytest.approx(third, abs=1e-8)
+    assert TaidTarget(name="taid").rate == 5e-4 and objective({"target": {"name": "taid", "start": 0.0}}).needs
     line = TaidAlpha(TaidTarget(name="taid", rate=0.0), num_steps=7)
     assert [round(line.at(step), 9) for step in range(1, 8)] == [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 
@@ -183,7 +231,7 @@ REFUSED = {
         {"target": {"name": "parallelogram", "variant": "v5", "alpha": 0.5, "schedule": {"end": -0.5}}},
         ["divides by alpha"],
     ),
-    "beta": ({"divergence": {"name": "jsd", "beta": 1.0}}, ["beta", "less than 1"]),
+    "beta": ({"divergence": {"name": "jsd", "beta": 1.0}}, ["beta", "less than 1", "not 1.0"]),
     "lam": ({"divergence": {"name": "skew_kl", "lam": -0.1}}, ["lam", "greater than 0"]),
     "two directions": (
         {"target": {"name": "parallelogram", "variant": "v2"}, "divergence": "forward_kl"},
@@ -191,6 +239,9 @@ REFUSED = {
     ),
     "two vertices": ({"target": {"name": "parallelogram", "variant": "v2", "vertex": "teacher"}}, ["vertex student"]),
     "clip of nothing": ({"log_ratio_clip": 5.0}, ["log_ratio_clip", "forward_kl"]),
+    "unknown key": ({"divergence": {"name": "skew_kl", "lambda": 0.1}}, ["objective.divergence.lambda", "lam."]),
+    "a list for a name": ({"target": {"name": "parallelogram", "variant": ["v1"]}}, ["variant"]),
+    "no mapping": ("delta", ["no mapping"]),
     "student in a mixture": ({"target": {"name": "mixture", "weights": {"student": 1.0}}}, ["student_raw"]),
     "mixture of nothing": ({"target": {"name": "mixture", "weights": {"teacher": 0.0}}}, ["every weight is 0"]),
     "taid downwards": ({"target": {"name": "taid", "end": 0.1}}, ["end is 0.1"]),
@@ -214,6 +265,10 @@ def test_logits_that_do_not_fit_are_refused():
         objective({"target": "delta"}).per_token({name: z[name] for name in ("student", "teacher", "teacher_raw")})
     with pytest.raises(LossError, match=r"teacher: logits \[9, 20\], student \[9, 23\]"):
         objective({}).per_token({"student": z["student"], "teacher": z["teacher"][:, :20]})
+    with pytest.raises(LossError, match=r"student: logits \[n, V\] are missing"):
+        objective({}).per_token({"teacher": z["teacher"]})
+    with pytest.raises(LossError, match=r"labels: -1 to"):
+        objective({"sft_weight": 0.5}).per_token(z, torch.full((9,), -1))
     z["teacher"][3, 3] = torch.nan
-    with pytest.raises(LossError, match=r"teacher: 1 of 207 logits are NaN"):
+    with pytest.raises(LossError, match=r"teacher: 1 of 207 logits are NaN or \+inf"):
         objective({}).per_token(z)

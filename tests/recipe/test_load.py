@@ -107,6 +107,12 @@ def test_a_change_of_name_drops_the_settings_of_the_other_name_and_nothing_else_
     assert reversed_.model_dump() == {"name": "delta", "alpha": 0.25, "schedule": None, "anchor": "teacher"}
 
 
+def test_a_name_alone_is_its_mapping_and_takes_settings_in_any_order():
+    for order in (1, -1):
+        words = ["objective.divergence=jsd", "objective.divergence.beta=0.3"][::order]
+        assert load_recipe("base", words).objective.divergence.model_dump() == {"name": "jsd", "beta": 0.3}, words
+
+
 def test_root_is_filled_in_wherever_a_text_asks_for_it_and_no_other_brace_is_touched():
     recipe = load_recipe("child", ["root=/big/disk"])
     assert recipe.models.teacher.weights == "/big/disk/teacher/export"
