@@ -398,7 +398,8 @@ def test_what_does_not_fit_is_named_in_one_sentence():
     assert misfit(references={"teacher": (states, head)}).startswith("teacher: 1 of 400 hidden numbers are not finite.")
     rows = head.clone()
     rows[2, 2] = torch.nan
-    assert misfit(references={"teacher": (hidden, rows)}).startswith("teacher: 1 of 800 numbers of its head are not finite.")
+    message = misfit(references={"teacher": (hidden, rows)})
+    assert message.startswith("teacher: 1 of 800 numbers of its head are not finite.")
     walls = {name: torch.where(torch.arange(VOCAB) < 40, 0.0, -torch.inf).expand(50, VOCAB) for name in FROZEN[:2]}
     walls["student_raw"] = walls["teacher"].flip(-1)
     parts = {"references": walls, "objective": objective({"target": "delta"})}
