@@ -38,7 +38,7 @@ types: install-dev
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -m "not soak"
+	$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile
 
 soak: install-dev
 	$(BIN)/python -m pytest -m soak

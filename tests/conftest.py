@@ -6,6 +6,7 @@ compare are two ways to the same numbers.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -48,6 +49,13 @@ def write_rows(path: Path, rows: list[dict[str, object]]) -> Path:
     return path
 
 
+def free_port() -> int:
+    """Runs beside each other need a port each; this one is free now, and drawn from thousands."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
 @dataclass(frozen=True)
 class Lab:
     """Where the small world lies, and the commands that users type."""
@@ -59,9 +67,12 @@ class Lab:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-    def command(self, *overrides: str, ranks: int | None = None, stage: str | None = None) -> list[str]:
+    def command(
+        self, *overrides: str, ranks: int | None = None, stage: str | None = None, port: int | None = None
+    ) -> list[str]:
         """Return the command of a training run: by deepspeed's launcher if `ranks` is given, else one plain process."""
-        start = ["deepspeed", "--num_accelerators", str(ranks)] if ranks else [sys.executable]
+        meet = ["--master_port", str(port or free_port())]
+        start = ["deepspeed", *meet, "--num_accelerators", str(ranks)] if ranks else [sys.executable]
         tail = ["--recipe", str(self.recipe), *(["--stage", stage] if stage else []), *overrides]
         return [*start, str(REPOSITORY / "launchers" / "train.py"), *tail]
 

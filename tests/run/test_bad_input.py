@@ -110,7 +110,7 @@ def folder(lab, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, case):
+def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, monkeypatch, case):
     overrides, said = CASES[case]
     run = "bad_" + re.sub(r"\W", "_", case)
     given = [
@@ -118,7 +118,7 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, c
         for override in [*overrides, *([] if "run=" in str(overrides) else [f"run={run.lower()}"])]
     ]
     launch = Launch(Placement(0, 2, 0, 2)) if "two students" in case else ALONE
-    before = set(Path("/dev/shm").rglob("*"))
+    monkeypatch.setenv("DELTAKD_LAUNCH", run.lower())
     if "two students" in case:
         given.append("objective.sft_weight=1.0")
 
@@ -129,7 +129,7 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, c
     assert re.search(r"\. (Write|Lower|Take|Add|Fetch|Convert|Correct|Remove)[^.]* .*\.$", lines[0]), lines[0]
     left = lab.folder / "runs" / run.lower()
     assert not any((left / name).exists() for name in ("export", "export.part", "steps.jsonl", "finished.json"))
-    assert not [path for path in Path("/dev/shm").rglob("arena*") if path not in before]
+    assert not list(Path("/dev/shm").glob(f"deltakd-{run.lower()}/arena*"))
 
 
 def test_the_launcher_passes_the_sentence_and_the_exit_code_on(lab):
@@ -147,9 +147,7 @@ def test_a_rendezvous_port_that_is_taken_is_named(lab):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = lab.command("run=bad_port", "objective.sft_weight=1.0", ranks=2)
-        command[1:1] = ["--master_port", str(port)]
-        done = lab.run(*command)
+        done = lab.run(*lab.command("run=bad_port", "objective.sft_weight=1.0", ranks=2, port=port))
     assert done.returncode == 2
     assert f"port {port} is taken" in done.stdout + done.stderr and "--master_port" in done.stderr + done.stdout
     assert not (lab.folder / "runs" / "bad_port" / "export").exists()
