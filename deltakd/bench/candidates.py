@@ -4,7 +4,7 @@
 
 Every candidate computes the same thing: the sum over tokens of KL(teacher, student) from hidden states and two heads,
 and its gradients for the student's hidden states and head. `products` computes nothing but the matrix products that any
-of them must take, and is what the others are divided by.
+of them must take, and is what they are divided by.
 """
 
 import json
@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +114,6 @@ def liger() -> Callable[[Inputs, Case], None]:
 def candidate(case: Case) -> Callable[[Inputs, Case], None]:
     """Return what runs under a name; raises ImportError where its library is missing."""
     makers: dict[str, Callable[[], Callable[[Inputs, Case], None]]] = {
-        "products": lambda: products,
         "deltakd": lambda: ours,
         "plain": lambda: whole(plain),
         "compiled": lambda: whole(torch.compile(plain)),
@@ -134,22 +135,34 @@ def peak_bytes(device: str, reset: bool = False) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024  # type: ignore[index]
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Return the best of `repeats` times after one warm-up, and the peak of memory beyond the inputs."""
+def measure(case: Case) -> dict[str, Any]:
+    """Time the candidate and the bare products in turns, after a warm-up of each, and the candidate's peak of memory.
+
+    In turns, since the speed of a shared machine drifts by more than what is measured: the ratio is the median of those
+    of neighbours.
+    """
     run = candidate(case)
     inputs = draw(case)
     warm = Inputs(inputs.student[:8], inputs.head, inputs.teacher[:8], inputs.teacher_head)
     run(warm, case)
-    inputs.head.grad = None
-    before, seconds = peak_bytes(case.device, reset=True), []
+    products(warm, case)
+    bare, own, peaks = [], [], []
     for _ in range(case.repeats):
         inputs.student.grad = inputs.head.grad = None
-        started = time.perf_counter()
-        run(inputs, case)
-        if case.device != "cpu":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - started)
-    return {"seconds": min(seconds), "slowest": max(seconds), "peak_bytes": peak_bytes(case.device) - before}
+        bare.append(_seconds(products, inputs, case))
+        before = peak_bytes(case.device, reset=True)
+        own.append(_seconds(run, inputs, case))
+        peaks.append(peak_bytes(case.device) - before)
+    ratios = [mine / theirs for mine, theirs in zip(own, bare, strict=True)]
+    return {"seconds": own, "products_seconds": bare, "ratio": median(ratios), "peak_bytes": max(peaks)}
+
+
+def _seconds(run: Callable[[Inputs, Case], None], inputs: Inputs, case: Case) -> float:
+    started = time.perf_counter()
+    run(inputs, case)
+    if case.device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-# What each candidate is; the first is what the others are divided by.
 NAMES = {
-    "products": "the matrix products alone",
     "deltakd": "linear_loss",
     "plain": "log_softmax over [N, V]",
     "compiled": "torch.compile of plain",

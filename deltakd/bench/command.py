@@ -39,7 +39,7 @@ def add_bench(verbs: Any) -> None:
     losses.add_argument("--teacher-hidden", type=int, default=3584, help="the teacher's; default 3584")
     losses.add_argument("--vocab", type=int, default=151_936, help="shared vocabulary; default 151936")
     losses.add_argument("--chunk-tokens", type=int, default=512, help="tokens per chunk; default 512")
-    losses.add_argument("--repeats", type=int, default=2, help="the best of so many times counts; default 2")
+    losses.add_argument("--repeats", type=int, default=2, help="measurements, in turns with the products; default 2")
     losses.add_argument("--dtypes", default="float32,bfloat16", help="default float32,bfloat16")
     losses.add_argument(
         "--only", default="deltakd,plain,compiled,trl,liger", help=f"candidates, by commas: {CANDIDATES}"
@@ -59,7 +59,7 @@ def run_bench(options: argparse.Namespace) -> None:
         from deltakd.bench import losses
 
         sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "teacher_hidden", "vocab", "device")}
-        template = Case("products", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
+        template = Case("deltakd", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
         losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
         return
     from deltakd.recipe.checks import check_every_stage, check_paths
