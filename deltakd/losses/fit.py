@@ -30,6 +30,8 @@ def refuse_unfit(
         raise LossError(f"labels: missing, but sft_weight is {objective.settings.sft_weight:g}. Pass labels [N].")
     if labels_N is not None:
         refuse_labels(labels_N, num_tokens, vocab_size)
+    if not num_tokens:
+        return
     given = references.get(TARGET)
     of_q = objective.weights[1] if given is not None and objective.needs else {}
     needed = objective.needs if given is None else frozenset(set(of_q) - {STUDENT})

@@ -77,8 +77,8 @@ def linear_loss(
     `references` says, by model name, what each frozen model that the objective needs says of the N tokens: logits
     [N, >= V] or (hidden states [N, H_m], head [>= V, H_m]). `target` stands for the whole target: its summed logits,
     TopK or Sampled. The shared vocabulary is the number of rows of `head_VH`; wider references are cut to it before
-    anything is normalised (mathematics: vocabulary). N may be 0: the total is then 0 and so are the gradients.
-    `chunk_tokens` (default: the objective's own) changes memory, not results.
+    anything is normalised (mathematics: vocabulary). N may be 0: the total and the gradients are then 0,
+    whatever the references. `chunk_tokens` (default: the objective's own) changes memory, not results.
 
     Raises LossError for references or labels that are missing, do not fit or are not numbers.
     """
@@ -115,7 +115,8 @@ class _LinearLoss(torch.autograd.Function):
         if hidden_NH.device.type == "cpu":
             _keep_freed_memory()
             block = max(1, min(_BLOCK_ELEMENTS // vocab_size, chunk_tokens // 16))
-        frozen = FrozenChunks(references, objective, vocab_size, chunk_tokens, wide)
+        if num_tokens:  # a rank without supervised tokens asks nobody, and has no references
+            frozen = FrozenChunks(references, objective, vocab_size, chunk_tokens, wide)
         logits = torch.empty(chunk_tokens, vocab_size, dtype=head_VH.dtype, device=head_VH.device)
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))

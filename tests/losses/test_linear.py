@@ -193,8 +193,8 @@ def test_one_token_and_a_vocabulary_of_two_are_no_special_cases(divergence, num_
 
 def test_no_supervised_token_gives_zero_loss_and_zero_gradients():
     case = Case(seed=8, num_tokens=0)
-    for kind in ("hidden", "logits"):
-        references = case.references(kind, frozenset(FROZEN), "delta")
+    for kind in ("hidden", "logits", "none: nobody was asked"):
+        references = case.references(kind, frozenset(FROZEN), "delta") if kind in ("hidden", "logits") else {}
         result = linear_loss(case.hidden, case.head, references, case.labels, objective({"target": TARGETS["delta"]}))
         grads = torch.autograd.grad(result.total, (case.hidden, case.head))
         assert result.total == 0 and grads[0].shape == (0, HIDDEN) and (grads[1] == 0).all()
@@ -403,7 +403,7 @@ def test_what_does_not_fit_is_named_in_one_sentence():
     walls = {name: torch.where(torch.arange(VOCAB) < 40, 0.0, -torch.inf).expand(50, VOCAB) for name in FROZEN[:2]}
     walls["student_raw"] = walls["teacher"].flip(-1)
     parts = {"references": walls, "objective": objective({"target": "delta"})}
-    assert "rule out every token" in misfit(**parts)
+    assert "rule out everything between them" in misfit(**parts)
     draws = Sampled(torch.zeros(50, 4, dtype=torch.int64))
     reverse = objective({"divergence": "reverse_kl"})
     assert misfit(references={"target": draws}, objective=reverse).startswith("target: draws estimate forward_kl")
