@@ -144,24 +144,30 @@ def test_a_number_that_the_payload_cannot_hold_stops_the_run_with_its_count(tmp_
             next(service.ahead(batches(1)))
 
 
-def test_a_teacher_that_does_not_answer_in_time_stops_the_run(tmp_path):
-    """A socket that greets and then falls silent."""
+@contextmanager
+def stranger(folder, answer):
+    """A socket in a teacher's place that greets, and then does what `answer(router)` does."""
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
-    router.bind(f"ipc://{socket_path(tmp_path, 0)}")
+    router.bind(f"ipc://{socket_path(folder, 0)}")
 
-    def greet():
+    def live():
         peer, _ = router.recv_multipart()
         router.send_multipart([peer, encode(Welcome(0, 1))])
+        answer(router)
 
-    thread = threading.Thread(target=greet, daemon=True)
+    thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    with references(tmp_path, answer_s=0.3) as service:
-        with pytest.raises(TeacherError, match=r"no answer about teacher \(request 0\) for 0\.3 s"):
-            next(service.ahead(batches(1)))
+    yield
     thread.join()
     router.close()
     context.term()
+
+
+def test_a_teacher_that_does_not_answer_in_time_stops_the_run(tmp_path):
+    with stranger(tmp_path, lambda router: None), references(tmp_path, answer_s=0.3) as service:
+        with pytest.raises(TeacherError, match=r"no answer about teacher \(request 0\) for 0\.3 s"):
+            next(service.ahead(batches(1)))
 
 
 def test_the_server_outlives_what_is_malformed_foreign_or_early(tmp_path, teacher):
@@ -184,26 +190,15 @@ def test_the_server_outlives_what_is_malformed_foreign_or_early(tmp_path, teache
 
 
 def test_an_answer_about_other_tokens_never_reaches_a_loss(tmp_path):
-    """A teacher that answers everything with the digest of something else."""
-    context = zmq.Context()
-    router = context.socket(zmq.ROUTER)
-    router.bind(f"ipc://{socket_path(tmp_path, 0)}")
-
-    def answer():
-        peer, _ = router.recv_multipart()
-        router.send_multipart([peer, encode(Welcome(0, 1))])
+    def answer(router):
         peer, data = router.recv_multipart()
         score = decode(data)
         num_bytes = len(score.supervised) // 8 * 48 * 4
         router.send_multipart([peer, encode(Scored(score.request, score.slot, num_bytes, b"x" * 16, 0.0, 0.0))])
 
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    with references(tmp_path, look_ahead=0) as service, pytest.raises(TeacherError, match="or about other tokens"):
-        next(service.ahead(batches(1)))
-    thread.join()
-    router.close()
-    context.term()
+    with stranger(tmp_path, answer), references(tmp_path, look_ahead=0) as service:
+        with pytest.raises(TeacherError, match="or about other tokens"):
+            next(service.ahead(batches(1)))
 
 
 def test_the_digest_of_an_answer_is_of_the_tokens_that_the_teacher_saw(tmp_path, teacher):
