@@ -8,7 +8,6 @@ target); a tail bucket says how much mass the others have, not whose it is, so t
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,23 +15,18 @@ from rich.table import Table
 from torch import Tensor
 
 from deltakd.base.rundir import machine_facts
-from deltakd.bench.probabilities import NUM_EXAMPLES
-from deltakd.data.packing import pack
+from deltakd.bench.words import first_words
 from deltakd.losses.divergences import LOG_ZERO
 from deltakd.losses.points import mix
 from deltakd.losses.settings import DeltaTarget, point_weights
-from deltakd.models.forward import supervised_hidden
-from deltakd.recipe.build import build_served, read_examples, read_inputs
-from deltakd.recipe.load import load
 
 ALPHA = 0.5
 KS = (8, 32, 64, 128)
-Pair = tuple[Tensor, Tensor]
 
 
 def bench(name: str, overrides: Sequence[str], out: Path) -> None:
     """Measure every payload on the recipe's first examples, print the table and write JSON."""
-    pairs = _hidden(name, overrides)
+    pairs = first_words(name, overrides)
     exact = _target({role: hidden.double() @ head.double().T for role, (hidden, head) in pairs.items()})
     rows = []
     for dtype in (torch.float16, torch.bfloat16):
@@ -89,21 +83,3 @@ def _spread(exact: Tensor, values: Tensor, ids: Tensor) -> float:
     rest = exact.scatter(-1, ids, LOG_ZERO).logsumexp(-1, keepdim=True)
     even = rest - torch.tensor(float(exact.shape[-1] - ids.shape[-1]), dtype=torch.float64).log()
     return _kl(exact, even.expand_as(exact).scatter(-1, ids, values))
-
-
-@torch.no_grad()
-def _hidden(name: str, overrides: Sequence[str]) -> dict[str, Pair]:
-    """Return float32 hidden states [n, H] and heads [V, H] of the delta target's models."""
-    target = f"objective.target={{name: delta, alpha: {ALPHA}}}"
-    loaded = load(name, [*overrides, target, "models.dtype=float32"])
-    inputs = read_inputs(loaded.recipe, loaded.where)
-    examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
-    batch = pack([examples[index] for index in range(min(NUM_EXAMPLES, len(examples)))])
-    models: dict[str, Any] = dict(build_served(inputs, "cpu"))
-    return {
-        role: (
-            supervised_hidden(model, batch, "packed").float(),
-            model.get_output_embeddings().weight[: inputs.vocab_size].float(),
-        )
-        for role, model in models.items()
-    }

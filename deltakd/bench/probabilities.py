@@ -11,17 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.data.packing import pack
+from deltakd.bench.words import first_words
 from deltakd.losses.objectives import Objective, objective
 from deltakd.losses.settings import VARIANTS
-from deltakd.models.forward import supervised_hidden
-from deltakd.models.load import load_model
-from deltakd.recipe.build import build_served, read_examples, read_inputs
-from deltakd.recipe.load import load
 
 ALPHAS = (0.25, 0.5, 1.0)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-NUM_EXAMPLES = 16
 # Half a unit of the student's logits: a student that has begun to move, where the points are not equal.
 NOISE = 0.5
 
@@ -66,20 +61,9 @@ def _bad(logits: Tensor, loss: Callable[[Tensor], Tensor]) -> float:
     return float((~(torch.isfinite(value) & torch.isfinite(grad).all(-1))).float().mean())
 
 
-@torch.no_grad()
 def logits(name: str, overrides: Sequence[str]) -> dict[str, Tensor]:
-    """Return all four models' float32 logits [n, V] on the supervised tokens of the recipe's first examples."""
-    target = "objective.target={name: delta, alpha: 0.5}"
-    loaded = load(name, [*overrides, target, "models.dtype=float32"])
-    inputs = read_inputs(loaded.recipe, loaded.where)
-    examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
-    batch = pack([examples[index] for index in range(min(NUM_EXAMPLES, len(examples)))])
-    models: dict[str, Any] = dict(build_served(inputs, "cpu"))
-    models["student"] = load_model("models.student.weights", inputs.student, loaded.recipe.models)
-    z = {}
-    for role, model in models.items():
-        head = model.get_output_embeddings().weight[: inputs.vocab_size]
-        z[role] = (supervised_hidden(model, batch, "packed") @ head.T).float()
+    """Return all four models' float32 logits [n, V]; the student's with noise."""
+    z = {role: hidden @ head.T for role, (hidden, head) in first_words(name, overrides).items()}
     generator = torch.Generator().manual_seed(0)
-    z["student"] += NOISE * torch.randn(z["student"].shape, generator=generator)
+    z["student"] = z["student_raw"] + NOISE * torch.randn(z["student_raw"].shape, generator=generator)
     return z
