@@ -5,10 +5,14 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
 from deltakd.base.processes import end_with_launchers
 from deltakd.bench.command import add_bench, run_bench
+
+if TYPE_CHECKING:
+    from deltakd.recipe.teachers import Post
 
 SILENCE_S = 4.0
 
@@ -49,6 +53,14 @@ def parser() -> argparse.ArgumentParser:
     train = verb("train", "train: the recipe itself or one stage of it, with the launcher that fits this machine")
     train.add_argument("--stage", help="a stage of the recipe's pipeline")
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
+    cache = verb("cache", "write what the frozen models say of a training's micro-batches, so that none is needed")
+    cache.add_argument("--stage", help="a stage of the recipe's pipeline")
+    cache.add_argument(
+        "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
+    )
+    watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
+    watch.add_argument("directory", metavar="RUN", help="a run's directory")
+    watch.add_argument("--once", action="store_true", help="print it once")
     serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
     add_teacher_options(serve)
     add_bench(verbs)
@@ -66,6 +78,15 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
         "--students", type=int, default=1, help="student ranks of this node; it ends when all have left"
     )
     command.add_argument("--device", default="cuda:0", help="where it computes; the CPU where there is no GPU")
+    command.add_argument("--run", metavar="DIR", help="join the run of this directory from any node that sees it")
+    command.add_argument("--log", default="the terminal's", help=argparse.SUPPRESS)
+
+
+def post(options: argparse.Namespace) -> "Post":
+    """Return where a teacher rank stands, from its options."""
+    from deltakd.recipe.teachers import Post
+
+    return Post(options.index, options.students, options.launch, options.device, options.log, options.run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,12 +114,19 @@ def _dispatch(options: argparse.Namespace) -> None:
         print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
     elif options.verb == "bench":
         run_bench(options)
+    elif options.verb == "watch":
+        from deltakd.recipe.watch import watch
+
+        watch(options.directory, options.once)
+    elif options.verb == "cache":
+        from deltakd.recipe.caching import cache
+
+        cache(options.recipe, options.overrides, options.stage, options.students)
     elif options.verb == "serve":
         from deltakd.recipe.load import load
-        from deltakd.recipe.ranks import serve
+        from deltakd.recipe.teachers import serve
 
-        loaded = load(options.recipe, options.overrides, options.stage)
-        serve(loaded, options.index, options.students, options.launch, options.device)
+        serve(load(options.recipe, options.overrides, options.stage), post(options))
     else:
         from deltakd.recipe import pipeline
 

@@ -1,14 +1,18 @@
 #!/usr/bin/env python3
-"""One teacher rank alone: serves a recipe's frozen models to the student ranks of this node that share its --launch.
+"""One teacher rank alone: for the student ranks of this node that share its --launch, or for a run anywhere.
 
 python launchers/teacher.py --recipe quickstart --launch mine --students 1
 deepspeed launchers/train.py --recipe quickstart --launch mine --external-teachers
+
+With --run it joins a running job from any node that sees the run's directory, and leaves it without harm:
+
+python launchers/teacher.py --recipe quickstart --stage delta --run runs/quickstart/delta
 """
 
 import argparse
 import sys
 
-from deltakd.__main__ import add_teacher_options, guarded, parse
+from deltakd.__main__ import add_teacher_options, guarded, parse, post
 
 
 def main() -> int:
@@ -21,10 +25,11 @@ def main() -> int:
 
     def life() -> None:
         from deltakd.recipe.load import load
-        from deltakd.recipe.ranks import serve
+        from deltakd.recipe.teachers import serve, supervise
 
         loaded = load(options.recipe, options.overrides, options.stage)
-        serve(loaded, options.index, options.students, options.launch, options.device)
+        # One that joins from elsewhere is its user's to start again; one of the node is kept running.
+        (serve if options.run else supervise)(loaded, post(options))
 
     return guarded(life)
 

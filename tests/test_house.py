@@ -24,8 +24,8 @@ LAYERS = {
 }
 ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},
-    "zmq": {"teacher/server.py", "teacher/client.py"},
-    "msgspec": {"teacher/messages.py"},
+    "zmq": {f"teacher/{name}.py" for name in ("addresses", "heart", "members", "server")} | {"bench/transport.py"},
+    "msgspec": {"teacher/messages.py", "teacher/addresses.py"},
     "datasets": {"data/sources.py"},
     "rouge_score": {"evaluate/scores.py"},
     "wandb": {"train/records.py"},

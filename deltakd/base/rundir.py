@@ -13,7 +13,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from deltakd.base.errors import RunError
+from deltakd.base.processes import resident_bytes
 
 FINISHED = "finished.json"
 FREE = frozenset({"pipeline", "evaluation", "records"})  # parts of a recipe that a finished training does not depend on
@@ -69,7 +70,7 @@ class RunDirectory:
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
-        for name in ("steps.jsonl", "processes.jsonl", "tensorboard", "export", "export.part"):
+        for name in ("steps.jsonl", "processes.jsonl", "service", "status", "tensorboard", "export", "export.part"):
             remove(self.path / name)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})
@@ -79,6 +80,14 @@ class RunDirectory:
         line = json.dumps(record) + "\n"
         with (self.path / name).open("ab", buffering=0) as file:
             file.write(line.encode())
+
+    def record_process(
+        self, role: str, rank: int, device: str, models: Sequence[str], heads: Sequence[str] = ()
+    ) -> None:
+        """Write down that this process takes part, and what it holds."""
+        facts = {"pid": os.getpid(), "role": role, "rank": rank, "host": socket.gethostname(), "device": device}
+        held = {"models": list(models), "heads": list(heads), "memory_bytes": resident_bytes()}
+        self.append("processes.jsonl", facts | held)
 
     def read_lines(self, name: str) -> list[dict[str, Any]]:
         """Read a .jsonl file whole; a line that is still being written is left out."""

@@ -3,7 +3,7 @@
     /dev/shm/deltakd-<launch>/        mode 0700
         lock                          every process of the run holds it shared
         arena-<student rank>          slots for payloads
-        teacher-<index>.sock          ZeroMQ ipc sockets
+        student-<rank>.sock           where student ranks listen for teachers
 
 The kernel drops a dead process's lock, whatever killed it. A janitor, one tiny process per node, waits for the lock
 alone: it gets it when the last process of the run is gone, removes the folder and ends. Should the janitor be killed as
@@ -42,8 +42,13 @@ class Scratch:
     def __init__(self, parent: Path, launch: str) -> None:
         """Join the folder of the launch, making it if this process is the first. Raises RunError if it cannot be."""
         sweep(parent)
-        self.path = parent / f"{PREFIX}{launch}"
+        self.path = self.folder(parent, launch)
         self._lock = _join(self.path)
+
+    @staticmethod
+    def folder(parent: Path, launch: str) -> Path:
+        """Return where the folder of a launch is, if it is there."""
+        return parent / f"{PREFIX}{launch}"
 
     def __enter__(self) -> "Scratch":
         return self

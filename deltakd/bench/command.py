@@ -11,12 +11,13 @@ MEASUREMENTS = {
     "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
     "variants": "train the eight parallelogram variants side by side, with and without the remedies",
     "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
+    "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
 
 
 def add_bench(verbs: Any) -> None:
-    """Add `bench losses`, `bench variants` and `bench payloads` to the command line."""
-    text = "measure: losses, variants or payloads; results go to a file and the terminal"
+    """Add `bench` and everything that it measures to the command line."""
+    text = f"measure: {', '.join(MEASUREMENTS)}; results go to a file and the terminal"
     bench = verbs.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
     kinds = bench.add_subparsers(dest="measurement", required=True, metavar="WHAT")
 
@@ -51,6 +52,9 @@ def add_bench(verbs: Any) -> None:
     variants.add_argument("--alphas", default="0.25,0.5,1.0", help="default 0.25,0.5,1.0")
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
+    transport = kind("transport", "bench/transport.json")
+    transport.add_argument("--sizes", default="1,16,64,256", help="payloads in MiB; default 1,16,64,256")
+    transport.add_argument("--repeats", type=int, default=20, help="measurements, in turns with memcpy; default 20")
 
 
 def run_bench(options: argparse.Namespace) -> None:
@@ -62,9 +66,14 @@ def run_bench(options: argparse.Namespace) -> None:
         template = Case("deltakd", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
         losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
         return
+    if options.measurement == "transport":
+        from deltakd.bench import transport
+
+        transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
+        return
     from deltakd.recipe.checks import check_every_stage, check_paths
     from deltakd.recipe.load import load
-    from deltakd.recipe.ranks import use_threads
+    from deltakd.recipe.teachers import use_threads
 
     use_threads()
     check_every_stage(options.recipe, options.overrides)

@@ -6,7 +6,6 @@ is recorded is what a user would see in steps.jsonl; a falling loss is not succe
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
@@ -34,7 +33,7 @@ REMEDIES: Mapping[str, Sequence[str]] = {
     "support top_p 0.99": [f"train.max_grad_norm={UNCLIPPED:.1f}", "objective.support={top_p: 0.99}"],
     "log ratio clipped at 5": [f"train.max_grad_norm={UNCLIPPED:.1f}", "objective.log_ratio_clip=5.0"],
 }
-PLAIN = ["engine={name: single}", "references.source=in_process"]
+PLAIN = ["engine={name: single}", "references.from=in_process"]
 LAST = 20  # steps over which the end of a run is averaged
 
 
@@ -76,15 +75,14 @@ def _train(name: str, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], s
     """Return the records of a run, and the sentence that it ended with if it could not go on."""
     loaded = load(name, overrides)
     records: list[StepRecord] = []
-    with ExitStack() as stack:
-        inputs = read_inputs(loaded.recipe, loaded.where)
-        examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
-        parts = build_parts(inputs, examples, assign_role(Placement(0, 1, 0, 1), 0), None, stack)
-        fault = None
-        try:
-            train(parts, records.append)
-        except RunError as error:
-            fault = str(error)
+    inputs = read_inputs(loaded.recipe, loaded.where)
+    examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
+    parts = build_parts(inputs, examples, assign_role(Placement(0, 1, 0, 1), 0), None)
+    fault = None
+    try:
+        train(parts, records.append)
+    except RunError as error:
+        fault = str(error)
     return [asdict(record) for record in records], fault
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deltakd.data.packing import pack
 from deltakd.models.forward import supervised_hidden
-from deltakd.recipe.build import build_served, read_examples, read_inputs
+from deltakd.recipe.build import build_frozen, read_examples, read_inputs
 from deltakd.recipe.load import load
 
 NUM_EXAMPLES = 16
@@ -22,7 +22,7 @@ def first_words(name: str, overrides: Sequence[str]) -> dict[str, tuple[Tensor, 
     inputs = read_inputs(loaded.recipe, loaded.where)
     examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
     batch = pack([examples[index] for index in range(min(NUM_EXAMPLES, len(examples)))])
-    models: dict[str, Any] = dict(build_served(inputs, "cpu"))
+    models: dict[str, Any] = dict(build_frozen(inputs, "cpu", frozenset(inputs.frozen)).models)
     return {
         role: (
             supervised_hidden(model, batch, "packed").float(),

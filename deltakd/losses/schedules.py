@@ -15,6 +15,9 @@ class Alpha(Protocol):
     def at(self, step: int) -> float:
         """Return the value of a step, counted from 1."""
 
+    def foretold(self, step: int) -> float:
+        """Return the value of a step to come; NaN where it depends on losses that are not known yet."""
+
     def observe(self, loss: float) -> None:
         """Take note of the divergence of the step just taken, a mean over all ranks' tokens."""
 
@@ -30,6 +33,9 @@ class ScheduledAlpha:
         if self._schedule is None:
             return self._start
         return self._schedule.value(self._start, min(1.0, (step - 1) / max(1, self._steps - 1)))
+
+    def foretold(self, step: int) -> float:
+        return self.at(step)
 
     def observe(self, loss: float) -> None:
         """Nothing: the schedule depends on the step alone."""
@@ -48,6 +54,9 @@ class TaidAlpha:
         line = self._target.start + (self._target.end - self._target.start) * (step - 1) / max(1, self._num_steps - 1)
         self.t = min(self._target.end, max(line, self.t))
         return self.t
+
+    def foretold(self, step: int) -> float:
+        return math.nan
 
     def observe(self, loss: float) -> None:
         if self.last:  # after a loss of exactly 0 there is nothing that another could be compared with

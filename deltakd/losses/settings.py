@@ -278,6 +278,16 @@ def point_weights(target: Target, alpha: float) -> tuple[Weights, Weights]:
     return {"teacher_raw": 1.0}, {"student_raw": 1.0, "teacher": step, "student": -step}
 
 
+def must_stay_apart(objective: ObjectiveSettings) -> str | None:
+    """Say why frozen models cannot be summed into one target before they meet the student; None if they can."""
+    of_p, of_q = point_weights(objective.target, start_alpha(objective.target) or 1.0)
+    if "student" in of_p:
+        return f"the target of {objective.target.name} moves with the student"
+    if len(of_q) > 1:
+        return f"the target of {objective.target.name} sets frozen models beside the student"
+    return None
+
+
 def needed_references(objective: ObjectiveSettings) -> frozenset[str]:
     """Name the frozen models, by role, whose distributions the objective reads; the others are never loaded."""
     if objective.sft_weight == 1.0:

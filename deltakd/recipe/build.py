@@ -4,17 +4,20 @@
 models. Student ranks then build an engine, references and a stream; teacher ranks build the models they serve.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deltakd.base.errors import RecipeError
 from deltakd.base.ranks import Role, SoloWorld, World
 from deltakd.data.examples import ExampleSet, drop_validation
+from deltakd.data.packing import PackedBatch
 from deltakd.data.stream import Stream
 from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
@@ -22,19 +25,23 @@ from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_nam
 from deltakd.engine.settings import SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
-from deltakd.losses.settings import needed_references
-from deltakd.models.frozen import PayloadSpec
+from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.load import ModelFacts, facts, load_head, load_model, resolve
 from deltakd.models.settings import role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, TeacherRank, make_arena
+from deltakd.teacher.cache import CachedReferences, cache_folder
+from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, make_arena
+from deltakd.teacher.members import Members
+from deltakd.teacher.messages import PROTOCOL, Terms
+from deltakd.teacher.payloads import Frozen, PayloadKind, PayloadSpec, choose_payload
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
 from deltakd.train.loop import TrainParts
 from deltakd.train.schedule import schedule
 
 Where = Callable[[str], str]
+CHECKED_BATCHES = 1000  # of a cache, before the first step; the others are found missing when they are needed
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,34 @@ class Inputs:
     fingerprint: str
     vocab_size: int
 
+    @cached_property
+    def _payload(self) -> tuple[PayloadKind, str]:
+        references, objective_ = self.recipe.references, self.recipe.objective
+        if references.payload != "auto":
+            return references.payload, f"payload {references.payload}, as the recipe says"
+        if reason := must_stay_apart(objective_):
+            return "hidden", f"payload hidden: {reason}"
+        if any(set(self.frozen) - set(names) for names in self.recipe.teachers.serves or []):
+            return "hidden", "payload hidden: models are served apart"
+        sizes = {name: facts_.hidden_size for name, facts_ in self.frozen.items()}
+        return choose_payload(sizes, self.vocab_size, getattr(torch, references.dtype).itemsize)
+
     @property
+    def why(self) -> str:
+        """Say which payload frozen models send, and why."""
+        return self._payload[1]
+
+    @cached_property
     def spec(self) -> PayloadSpec:
         """What frozen models send in this run."""
-        references, layout = self.recipe.references, self.recipe.data.layout
-        return PayloadSpec(references.payload, references.dtype, layout, self.vocab_size)
+        references, layout, kind = self.recipe.references, self.recipe.data.layout, self._payload[0]
+        size = {"top_k": references.top_k, "sampled": references.samples}.get(kind, 0)
+        if kind == "top_k" and size >= self.vocab_size:
+            raise RecipeError(
+                f"{self.where('references.top_k')}: {size:,} of a vocabulary of {self.vocab_size:,}. "
+                "Write a smaller number, or references.payload: target."
+            )
+        return PayloadSpec(kind, references.dtype, layout, self.vocab_size, size, references.tail)
 
 
 def read_inputs(recipe: Recipe, where: Where) -> Inputs:
@@ -85,45 +115,51 @@ def read_examples(recipe: Recipe, tokenizer: Any, progress: bool) -> ExampleSet:
     return drop_validation(train, build_examples(recipe.data, recipe.data.validation, tokenizer, cache, progress))
 
 
-def build_served(inputs: Inputs, device: str) -> dict[str, nn.Module]:
-    """Load the frozen models of a run; roles that share their weights share one model."""
+def build_frozen(inputs: Inputs, device: str, names: frozenset[str]) -> Frozen:
+    """Load some of a run's frozen models; roles that share their weights share one model."""
     loaded: dict[str, nn.Module] = {}
     served = {}
     for role, facts_ in inputs.frozen.items():
+        if role not in names:
+            continue
         if facts_.identity not in loaded:
             key = inputs.where(f"{role_key(role)}.weights")
             model = load_model(key, Path(facts_.weights), inputs.recipe.models)
             loaded[facts_.identity] = model.requires_grad_(False).to(device)
         served[role] = loaded[facts_.identity]
-    return served
+    return Frozen(served, inputs.spec, objective(inputs.recipe.objective), inputs.recipe.seed)
+
+
+def terms(inputs: Inputs, launch: str) -> Terms:
+    """Return what teachers and students of a run must mean alike."""
+    spec, recipe = inputs.spec, inputs.recipe
+    target = ""
+    if not spec.keeps_models_apart:  # alpha travels with every request
+        formed = recipe.objective.target.model_dump_json(exclude={"alpha", "schedule"})
+        target = f"{formed}, temperature {recipe.objective.temperature:g}, seed {recipe.seed}"
+    return Terms(PROTOCOL, launch, inputs.fingerprint, spec.words, target, spec.layout, spec.vocab_size)
 
 
 @dataclass(frozen=True)
 class Service:
-    """What a student rank's references are asked through: its slots, and the teachers of its node."""
+    """What a student rank's references are asked through: its teachers, its slots, why no teacher can come back, and
+    where its status is shown."""
 
+    members: Members
     arena: Arena
-    launch: str
-    teachers: Sequence[TeacherRank]
+    failed: Callable[[], str | None]
+    board: Callable[[Mapping[str, Any]], None]
 
 
 def build_arena(inputs: Inputs, role: Role, scratch: Path) -> Arena:
     """Allocate this rank's slots, before anything is loaded."""
-    return make_arena(scratch, role.rank, _frozen_facts(inputs), inputs.spec, _service_settings(inputs.recipe))
+    return make_arena(scratch, role.rank, frozen_facts(inputs), inputs.spec, _service_settings(inputs.recipe))
 
 
-def build_parts(
-    inputs: Inputs, examples: ExampleSet, role: Role, service: Service | None, stack: ExitStack
-) -> TrainParts:
-    """Build everything that a student rank trains with; what must be closed is closed by `stack`.
-
-    `service` is None where no teacher rank is asked.
-    """
-    recipe = inputs.recipe
-    world, engine = build_engine(inputs, role)
-    references = _build_references(inputs, role, engine.device, service, stack)
+def build_stream(recipe: Recipe, examples: ExampleSet, role: Role) -> Stream:
+    """Return a student rank's micro-batches."""
     train = recipe.train
-    stream = Stream(
+    return Stream(
         examples,
         recipe.seed,
         train.tokens_per_step,
@@ -133,6 +169,25 @@ def build_parts(
         train.examples_per_micro_batch,
         recipe.data.layout == "padded",
     )
+
+
+def planned(recipe: Recipe, steps: Iterator[list[PackedBatch]]) -> Iterator[tuple[PackedBatch, float]]:
+    """Yield all micro-batches of a training with the target's alpha at their step."""
+    moving = alpha_over_steps(recipe.objective.target, recipe.train.steps)
+    for step, batches in enumerate(islice(steps, recipe.train.steps), start=1):
+        for batch in batches:
+            yield batch, moving.foretold(step)
+
+
+def build_parts(inputs: Inputs, examples: ExampleSet, role: Role, service: Service | None) -> TrainParts:
+    """Build everything that a student rank trains with; `service` is None where no teacher rank is asked."""
+    recipe = inputs.recipe
+    stream, train = build_stream(recipe, examples, role), recipe.train
+    cached = None
+    if recipe.references.source == "cache" and inputs.frozen:  # looked through before anything large is loaded
+        cached = _build_cached(inputs, device_name(role.local_index), planned(recipe, stream.steps()))
+    world, engine = build_engine(inputs, role)
+    references = cached or _build_references(inputs, role, engine.device, service)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
     return TrainParts(world, engine, references, stream.steps(), schedule(train), alpha, train.steps)
 
@@ -164,26 +219,26 @@ def _student_module(inputs: Inputs) -> StudentModule:
     return StudentModule(model, objective(recipe.objective), recipe.data.layout, inputs.vocab_size)
 
 
-def _build_references(inputs: Inputs, role: Role, device: str, service: Service | None, stack: ExitStack) -> References:
+def _build_references(inputs: Inputs, role: Role, device: str, service: Service | None) -> References:
     if not inputs.frozen:
         return NoReferences()
     heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
     if service is None:
-        return InProcessReferences(build_served(inputs, device), heads, inputs.spec)
-    return stack.enter_context(
-        ServiceReferences(
-            service.arena,
-            service.launch,
-            role.rank,
-            service.teachers,
-            _frozen_facts(inputs),
-            heads,
-            inputs.fingerprint,
-            inputs.spec,
-            _service_settings(inputs.recipe),
-            device,
-        )
+        return InProcessReferences(build_frozen(inputs, device, frozenset(inputs.frozen)), heads)
+    facts_, settings = frozen_facts(inputs), _service_settings(inputs.recipe)
+    return ServiceReferences(
+        service.members, service.arena, facts_, heads, inputs.spec, settings, service.failed, service.board, device
     )
+
+
+def _build_cached(inputs: Inputs, device: str, batches: Iterator[tuple[PackedBatch, float]]) -> References:
+    heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
+    facts_ = frozen_facts(inputs)
+    identities = {name: one.identity for name, one in facts_.items()}
+    folder, _ = cache_folder(Path(inputs.recipe.root), terms(inputs, ""), identities)
+    references = CachedReferences(folder, facts_, heads, inputs.spec, device)
+    references.refuse_missing(islice(batches, CHECKED_BATCHES))
+    return references
 
 
 def _service_settings(recipe: Recipe) -> ServiceSettings:
@@ -192,11 +247,13 @@ def _service_settings(recipe: Recipe) -> ServiceSettings:
         look_ahead=teachers.look_ahead,
         start_s=teachers.start_s,
         answer_s=teachers.answer_s,
+        give_up_s=teachers.give_up_s,
         max_tokens=recipe.train.tokens_per_micro_batch,
     )
 
 
-def _frozen_facts(inputs: Inputs) -> dict[str, FrozenFacts]:
+def frozen_facts(inputs: Inputs) -> dict[str, FrozenFacts]:
+    """Return what a student knows of the run's frozen models."""
     return {name: FrozenFacts(facts_.identity, facts_.hidden_size) for name, facts_ in inputs.frozen.items()}
 
 

@@ -14,7 +14,7 @@ from deltakd.base.errors import DataError, ModelError, RecipeError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
 from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import local_files
-from deltakd.losses.settings import needed_references
+from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.settings import role_key
 from deltakd.recipe.load import Loaded, load
 from deltakd.recipe.schema import CompareSettings, Recipe
@@ -39,6 +39,8 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     """Raise RecipeError for settings that cannot hold together."""
     _check_root(recipe, where)
     _check_references(recipe, where)
+    _check_payload(recipe, where)
+    _check_serves(recipe, where)
     _check_lengths(recipe, where)
     _check_schedule(recipe, where)
     _check_rows_apart(recipe, where)
@@ -98,6 +100,42 @@ def _check_references(recipe: Recipe, where: Where) -> None:
             f"{where(role_key(role))}: missing, but the target {recipe.objective.target.name} reads it. "
             f"Write {name or role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
         )
+
+
+def _check_payload(recipe: Recipe, where: Where) -> None:
+    payload, objective = recipe.references.payload, recipe.objective
+    if payload not in ("target", "top_k", "sampled") or not needed_references(objective):
+        return
+    key = where("references.payload")
+    if reason := must_stay_apart(objective):
+        raise RecipeError(f"{key}: {payload}, but {reason}. Write hidden, logits or auto.")
+    if payload == "sampled" and (objective.divergence.name != "forward_kl" or objective.support is not None):
+        beside = "" if objective.support is None else " on a support"
+        raise RecipeError(
+            f"{key}: sampled, but draws estimate forward_kl over all tokens alone, not {objective.divergence.name}"
+            f"{beside}. Write top_k, target or auto."
+        )
+
+
+def _check_serves(recipe: Recipe, where: Where) -> None:
+    teachers, needed = recipe.teachers, needed_references(recipe.objective)
+    if teachers.serves is None or not needed:
+        return
+    key = where("teachers.serves")
+    if len(teachers.serves) != teachers.per_node:
+        raise RecipeError(
+            f"{key}: {len(teachers.serves)} lists for {teachers.per_node} teacher ranks of a node. "
+            "Write one list for each."
+        )
+    known = [role for role in recipe.models.roles if role != "student"]
+    for name in sorted({name for names in teachers.serves for name in names} - set(known)):
+        raise RecipeError(f"{key}: {name} is no frozen model. Write some of {', '.join(known)}.")
+    together = recipe.references.payload in ("target", "top_k", "sampled")
+    served = [set(names) for names in teachers.serves] if together else [set().union(*teachers.serves)]
+    for names in served:
+        if missing := sorted(needed - names):
+            why = f"payload {recipe.references.payload} is formed of all of them" if together else "nobody serves it"
+            raise RecipeError(f"{key}: {missing[0]} is missing, and {why}. Add it, or leave serves out.")
 
 
 def _check_lengths(recipe: Recipe, where: Where) -> None:

@@ -68,7 +68,7 @@ def locate(schema: type[BaseModel], loc: Iterable[str | int]) -> Spot:
             tagged = [model for model in models if step in _tags(model)]
             spot = Spot(spot.path, tagged[0] if tagged else Any, spot.field, spot.parent)
         elif models:
-            field = models[0].model_fields.get(str(step))
+            field = _fields(models[0]).get(str(step))
             spot = Spot((*spot.path, step), field.annotation if field else Any, field, models[0])
         else:
             inner = get_args(_without_null(spot.annotation))
@@ -92,6 +92,11 @@ def wanted(spot: Spot) -> str:
             words.append(f"of the form {item.pattern}")
     text = f"{words[0]} {' and '.join(words[1:])}".strip()
     return text if annotation is spot.annotation else f"{text}, or null"
+
+
+def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """Return a model's fields as a recipe writes them: `from` is no name in Python."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def closest(word: object, known: Iterable[str]) -> str | None:
@@ -127,7 +132,7 @@ def _problem(details: Mapping[str, Any], schema: type[BaseModel], tree: Marked, 
 
 
 def _unknown_key(spot: Spot, extra_keys: tuple[str, ...]) -> Problem:
-    known = list(spot.parent.model_fields) if spot.parent else []
+    known = list(_fields(spot.parent)) if spot.parent else []
     known += [key for key in extra_keys if len(spot.path) == 1 and key != spot.path[-1]]
     match = closest(spot.path[-1], known)
     if match is None:
@@ -210,8 +215,8 @@ def _type_words(annotation: Any) -> str:
         return "a list"
     models = _models(annotation)
     if len(models) == 1:
-        required = [key for key, field in models[0].model_fields.items() if field.is_required()]
-        return f"a mapping with {', '.join(required or models[0].model_fields)}"
+        required = [key for key, field in _fields(models[0]).items() if field.is_required()]
+        return f"a mapping with {', '.join(required or _fields(models[0]))}"
     names = [str(tag) for model in models for tag in _tags(model)]
     return f"a mapping with name: {_choices(names)}" if names else "a mapping"
 

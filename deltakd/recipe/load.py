@@ -75,7 +75,7 @@ def find_recipe(name_or_path: str) -> Path:
 def dump_recipe(recipe: Recipe) -> str:
     """Write a resolved recipe as YAML that load_recipe reads back as an equal one, wherever the file lies."""
     # ASCII with escapes: PyYAML loses a next-line character in a key when it may write unicode.
-    return str(yaml.safe_dump(recipe.model_dump(), sort_keys=False, width=120))
+    return str(yaml.safe_dump(recipe.model_dump(by_alias=True), sort_keys=False, width=120))
 
 
 def _is_path(name_or_path: str) -> bool:

@@ -21,8 +21,8 @@ from deltakd.base.errors import DeltaKDError, RunError
 from deltakd.base.rundir import RunDirectory, machine_facts, remove
 from deltakd.data.examples import ExampleCounts
 from deltakd.recipe.checks import check_every_stage, check_hub, check_paths
+from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded, find_recipe, load
-from deltakd.recipe.ranks import is_finished
 from deltakd.recipe.schema import Recipe, StageSettings
 from deltakd.train.records import describe, describe_briefly
 

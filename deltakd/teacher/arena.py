@@ -43,20 +43,16 @@ class Arena:
         finally:
             os.close(descriptor)
 
-    def slot(self, index: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor that lies in a slot, without a copy. Raises RunError if it would not fit."""
-        num_bytes = dtype.itemsize * int(torch.Size(shape).numel())
-        if not 0 <= index < self.num_slots or num_bytes > self.slot_bytes:
+    def slot(self, index: int, num_bytes: int) -> Tensor:
+        """Return the first bytes of a slot, as a tensor that lies in it. Raises RunError if it has not so many."""
+        if not 0 <= index < self.num_slots or not 0 <= num_bytes <= self.slot_bytes:
             raise RunError(
                 f"{self.path}: {num_bytes:,} bytes in slot {index} do not fit {self.num_slots} slots of "
                 f"{self.slot_bytes:,}. Both ends must read the same recipe."
             )
         if num_bytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        flat = torch.frombuffer(
-            self._map, dtype=dtype, count=num_bytes // dtype.itemsize, offset=index * self.slot_bytes
-        )
-        return flat.view(shape)
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=num_bytes, offset=index * self.slot_bytes)
 
     def __enter__(self) -> "Arena":
         return self

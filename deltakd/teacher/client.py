@@ -1,44 +1,34 @@
 """A student rank's side of the service: asks teachers ahead of time, checks every answer, never trains without one.
 
-For each of the next `look_ahead` micro-batches one request per model is in flight, each with a slot of its own; no free
-slot means no request. A request goes to the teacher with the fewest outstanding tokens: which one answers changes
-nothing in the numbers.
+For each of the next `look_ahead` micro-batches one request per payload is in flight, each with a slot of its own; no
+free slot means no request. A request goes to the teacher with the fewest outstanding tokens, and to another one when
+that teacher is lost: which one answers changes nothing in the numbers. A lost teacher that may still write keeps its
+slots until it has answered or is dead.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
-import zmq
 from torch import Tensor
 
 from deltakd.base.errors import TeacherError
+from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
-from deltakd.models.frozen import PayloadSpec
+from deltakd.teacher.accounts import Accounts
 from deltakd.teacher.arena import Arena, slot_bytes_for
-from deltakd.teacher.messages import (
-    PROTOCOL,
-    Bye,
-    Failed,
-    Hello,
-    Message,
-    Refused,
-    Score,
-    Scored,
-    Welcome,
-    batch_digest,
-    decode,
-    encode,
-)
-from deltakd.teacher.references import B, Payloads, with_head
-from deltakd.teacher.server import socket_path
+from deltakd.teacher.members import Member, Members
+from deltakd.teacher.messages import Failed, Score, Scored, batch_digest
+from deltakd.teacher.payloads import PayloadSpec, read_payload
+from deltakd.teacher.references import B, Payloads, asked_names, batch_bytes
 
-POLL_MS = 100
+POLL_S = 0.1
+BOARD_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,23 +39,14 @@ class FrozenFacts:
     hidden_size: int
 
 
-@dataclass(frozen=True)
-class TeacherRank:
-    """One teacher rank of this node: its index, where its log is, and a way to learn that it has ended."""
-
-    index: int
-    log: str
-    ended: Callable[[int | None], str | None]  # from its pid, if it has said it: a reason once it has ended
-
-
 @dataclass
 class Request:
-    """One request in flight."""
+    """One payload of one batch: asked, perhaps of several teachers one after the other, and answered once."""
 
-    score: Score
+    score: Score  # of the last time it was asked; request and slot are -1 before
     num_supervised: int
-    teacher: int
-    sent: float
+    since: float
+    member: Member | None = None  # who is asked now
     answered: bool = False
 
 
@@ -76,199 +57,231 @@ class ServiceSettings:
     look_ahead: int
     start_s: float
     answer_s: float
+    give_up_s: float
     max_tokens: int
 
 
 def make_arena(
     scratch: Path, student_rank: int, models: Mapping[str, FrozenFacts], spec: PayloadSpec, settings: ServiceSettings
 ) -> Arena:
-    """Allocate a student rank's slots: one per model for every batch that can be in flight.
+    """Allocate a student rank's slots: one per payload for every batch that can be in flight, and one batch's more.
 
-    Raises RunError if shared memory cannot hold them.
+    Those are for requests that are asked again while a silent teacher keeps a slot. Raises RunError if shared memory
+    cannot hold them.
     """
-    per_token = max(spec.bytes_per_token(facts.hidden_size) for facts in models.values())
-    num_slots = (settings.look_ahead + 1) * len(models)
-    slot_bytes = slot_bytes_for(settings.max_tokens * per_token)
+    names = asked_names(spec, models)
+    widths = [models[name].hidden_size if name in models else 0 for name in names]
+    slot_bytes = slot_bytes_for(max(spec.num_bytes(settings.max_tokens, width) for width in widths))
+    num_slots = (settings.look_ahead + 2) * len(names)
     return Arena(scratch / f"arena-{student_rank}", slot_bytes, num_slots, owner=True)
 
 
 class ServiceReferences:
-    """References answered by the teacher ranks of this node; use with `with`."""
+    """References answered by whichever teacher ranks have joined."""
 
     def __init__(
         self,
+        members: Members,
         arena: Arena,
-        launch: str,
-        student_rank: int,
-        teachers: Sequence[TeacherRank],
         models: Mapping[str, FrozenFacts],
         heads: Mapping[str, Tensor],
-        tokenizer: str,
         spec: PayloadSpec,
         settings: ServiceSettings,
+        failed: Callable[[], str | None] = lambda: None,
+        board: Callable[[Mapping[str, Any]], None] = lambda status: None,
         device: str = "cpu",
     ) -> None:
-        """Greet every teacher whose socket lies beside the arena.
+        """Wait until somebody serves every payload.
 
-        `heads` holds the frozen head of each model for `hidden` payloads and is empty for `logits`. Raises TeacherError
-        if a teacher ends, refuses or does not answer in time.
+        `heads` holds the frozen head of each model for `hidden` payloads and is empty for the others. `failed` says
+        why this node's teachers cannot come back, once they cannot; `board` gets the `status` every second. Raises
+        TeacherError if teachers cannot come back, or if nobody has come in time.
         """
-        self._teachers = {teacher.index: teacher for teacher in teachers}
-        self._models = models
-        self._heads = heads
-        self._spec = spec
-        self._settings = settings
-        self._student_rank = student_rank
-        self._device = device
-        self._requests = count()
+        self._members, self._arena, self._models, self._heads = members, arena, models, heads
+        self._spec, self._settings, self._failed, self._device = spec, settings, failed, device
+        self._board, self._posted = board, 0.0
+        self._names = asked_names(spec, models)
+        self._ids = count()
         self._open: dict[int, Request] = {}
-        self._pids: dict[int, int] = {}
-        self._arena = arena
+        self._kept: dict[int, tuple[Member, int]] = {}  # slots of requests that a lost teacher may still write to
+        self._waiting: deque[Request] = deque()  # that nobody has been asked for
         self._free = deque(range(arena.num_slots))
-        self._context = zmq.Context()
-        self._sockets = {index: self._connect(arena.path.parent, index) for index in self._teachers}
-        self._poller = zmq.Poller()
-        for socket in self._sockets.values():
-            self._poller.register(socket, zmq.POLLIN)
-        try:
-            self._greet(launch, tokenizer)
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-
-    def _connect(self, scratch: Path, index: int) -> "zmq.Socket[bytes]":
-        socket = self._context.socket(zmq.DEALER)
-        socket.linger = 1000
-        socket.connect(f"ipc://{socket_path(scratch, index)}")
-        return socket
-
-    def __enter__(self) -> "ServiceReferences":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for socket in self._sockets.values():
-            socket.send(encode(Bye(self._student_rank)))
-            socket.close()
-        self._context.term()
-
-    def _greet(self, launch: str, tokenizer: str) -> None:
-        spec = self._spec
-        hello = Hello(
-            protocol=PROTOCOL,
-            launch=launch,
-            student_rank=self._student_rank,
-            models={name: facts.identity for name, facts in self._models.items()},
-            tokenizer=tokenizer,
-            kind=spec.kind,
-            dtype=spec.dtype,
-            layout=spec.layout,
-            vocab_size=spec.vocab_size,
-            arena=self._arena.path.name,
-            slot_bytes=self._arena.slot_bytes,
-            num_slots=self._arena.num_slots,
-        )
-        for socket in self._sockets.values():
-            socket.send(encode(hello))
-        waiting = set(self._teachers)
-        deadline = time.monotonic() + self._settings.start_s
-        while waiting:
-            for index, message in self._receive():
-                if isinstance(message, Refused):
-                    raise TeacherError(f"{self._name(index)}: refused ({message.reason}). Start both from one recipe.")
-                if isinstance(message, Welcome):
-                    self._pids[index] = message.pid
-                    waiting.discard(index)
-            if waiting and time.monotonic() > deadline:
+        self._last_lost = ""
+        self.counts: Counter[str] = Counter()
+        self._accounts = Accounts(members.num_students)
+        deadline = time.monotonic() + settings.start_s
+        while missing := [name for name in self._names if not members.serving(name)]:
+            self._look(POLL_S)
+            if reason := self._failed():
+                raise TeacherError(f"{missing[0]}: {reason}. Look at its log.")
+            if time.monotonic() > deadline:
                 raise TeacherError(
-                    f"{self._name(min(waiting))}: no answer for {self._settings.start_s:g} s after the start. "
-                    "Look at its log, or raise teachers.start_s."
+                    f"{missing[0]}: no teacher has joined for {settings.start_s:g} s since the start. Look at the "
+                    "teachers' logs, or raise teachers.start_s."
                 )
 
-    def ahead(self, batches: Iterable[B]) -> Iterator[tuple[B, Payloads]]:
+    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
         """Yield each batch with its payloads, valid until the next is asked for; the next ones are in flight."""
         window: deque[tuple[B, list[Request]]] = deque()
         upcoming = iter(batches)
         while True:
-            while len(window) <= self._settings.look_ahead and (batch := next(upcoming, None)) is not None:
-                window.append((batch, self._ask(batch)))
+            while len(window) <= self._settings.look_ahead and (pair := next(upcoming, None)) is not None:
+                window.append((pair[0], self._ask(*pair)))
             if not window:
                 return
             batch, requests = window.popleft()
-            self._await(requests)
+            self._accounts.stop_work()
+            while not all(request.answered for request in requests):
+                self._look(POLL_S)
+            self._accounts.start_work()
             yield batch, {request.score.model: self._read(request) for request in requests}
             self._free.extend(request.score.slot for request in requests)
 
-    def _ask(self, batch: Batch) -> list[Request]:
+    def _ask(self, batch: Batch, alpha: float) -> list[Request]:
         if not len(batch.supervised):
             return []
-        tokens, starts, supervised = (_bytes(part) for part in (batch.tokens, batch.starts, batch.supervised))
-        digest = batch_digest(tokens, starts, supervised)
-        requests = []
-        for model in sorted(self._models):
-            score = Score(next(self._requests), model, self._free.popleft(), tokens, starts, supervised, digest)
-            request = Request(score, len(batch.supervised), self._least_loaded(), time.monotonic())
-            self._open[score.request] = request
-            self._sockets[request.teacher].send(encode(score))
-            requests.append(request)
+        parts = batch_bytes(batch)
+        digest = batch_digest(*parts)
+        requests = [
+            Request(Score(-1, name, -1, alpha, *parts, digest), len(batch.supervised), time.monotonic())
+            for name in self._names
+        ]
+        self._waiting.extend(requests)
+        self._look(0)
         return requests
 
-    def _least_loaded(self) -> int:
-        load = dict.fromkeys(self._teachers, 0)
-        for request in self._open.values():
-            load[request.teacher] += len(request.score.tokens)
-        return min(load, key=lambda index: load[index])
+    def _look(self, timeout_s: float) -> None:
+        """Take what has come, let go of teachers that are gone, and ask whoever is there for what is open."""
+        for member, message, data in self._members.receive(timeout_s):
+            self._take(member, message, data)
+        for member, is_dead in self._members.lost():
+            self._lose(member, member.gone or "its process has ended", is_dead)
+        now = time.monotonic()
+        for request in list(self._open.values()):
+            if request.member is not None and now - request.since > self._settings.answer_s:
+                late = request.member
+                self._members.shun(late, f"no answer for {self._settings.answer_s:g} s")
+                self._lose(late, late.gone, is_dead=not late.is_local)
+        while self._waiting and self._send(self._waiting[0]):
+            self._waiting.popleft()
+        if self._waiting:
+            self._give_up_in_time(self._waiting[0], now)
+        if now - self._posted >= BOARD_S:
+            self._posted = now
+            self._board(self.status())
 
-    def _await(self, requests: Sequence[Request]) -> None:
-        while not all(request.answered for request in requests):
-            for index, message in self._receive():
-                self._take(index, message)
-            late = [r for r in requests if not r.answered and time.monotonic() - r.sent > self._settings.answer_s]
-            if late:
-                raise TeacherError(
-                    f"{self._name(late[0].teacher)}: no answer about {late[0].score.model} (request "
-                    f"{late[0].score.request}) for {self._settings.answer_s:g} s. Look at its log, or raise "
-                    "teachers.answer_s."
-                )
+    def _send(self, request: Request) -> bool:
+        """Ask the least loaded teacher that serves it; False if there is none, or no slot."""
+        load = {member.identity: 0 for member in self._members.serving(request.score.model)}
+        for other in self._open.values():
+            if other.member is not None and other.member.identity in load:
+                load[other.member.identity] += len(other.score.tokens)
+        candidates = sorted(self._members.serving(request.score.model), key=lambda member: load[member.identity])
+        for member in candidates if self._free else []:
+            slot, number = self._free[0], next(self._ids)
+            score = Score(number, request.score.model, slot, *_tail(request.score))
+            if self._members.send(member, score):
+                self._free.popleft()
+                request.score, request.member, request.since = score, member, time.monotonic()
+                self._open[number] = request
+                return True
+        return False
 
-    def _take(self, index: int, message: Message) -> None:
+    def _lose(self, member: Member, reason: str, is_dead: bool) -> None:
+        """Have others do what a teacher still owes; its slots are free once it cannot write into them any more."""
+        self._last_lost = f"{member.name}: {reason}"
+        if is_dead:
+            for number in [number for number, (holder, _) in self._kept.items() if holder is member]:
+                self._free.append(self._kept.pop(number)[1])
+        for number in [number for number, request in self._open.items() if request.member is member]:
+            request = self._open.pop(number)
+            if is_dead:
+                self._free.append(request.score.slot)
+            else:
+                self._kept[number] = (member, request.score.slot)
+            request.member, request.since = None, time.monotonic()
+            self._waiting.append(request)
+            self.counts["asked_again"] += 1
+
+    def _give_up_in_time(self, request: Request, now: float) -> None:
+        reason = None if self._members.serving(request.score.model) else self._failed()
+        if reason is None and now - request.since < self._settings.give_up_s:
+            return
+        about = f"{request.score.model} (a request about {request.num_supervised:,} tokens)"
+        last = self._last_lost or "; ".join(member.name for member in self._members.everyone())
+        raise TeacherError(
+            f"{about}: {reason or f'no teacher could be asked for {self._settings.give_up_s:g} s'}. "
+            f"Last there was {last or 'nobody'}. Look at its log."
+        )
+
+    def _take(self, member: Member, message: Scored | Failed, data: Any) -> None:
         """Accept one answer; what does not fit an open request is dropped here and never reaches a loss."""
-        if not isinstance(message, Scored | Failed):
+        if message.request in self._kept and self._kept[message.request][0] is member:
+            self._free.append(self._kept.pop(message.request)[1])
+            self.counts["refused_late"] += 1
             return
-        request = self._open.pop(message.request, None)
-        if request is None:
+        request = self._open.get(message.request)
+        if request is None or request.member is not member:
+            self.counts["refused_unexpected"] += 1
             return
-        where = f"{self._name(index)}: {request.score.model} (request {message.request})"
+        where = f"{member.name}: {request.score.model} (request {message.request})"
         if isinstance(message, Failed):
             raise TeacherError(f"{where}: {message.reason}. Write references.dtype=float32, or look at the model.")
-        width = self._spec.width(self._models[request.score.model].hidden_size)
-        expected = request.num_supervised * width * getattr(torch, self._spec.dtype).itemsize
-        if (message.slot, message.num_bytes, message.digest) != (request.score.slot, expected, request.score.digest):
+        expected = self._spec.num_bytes(request.num_supervised, self._hidden_size(request))
+        came = len(data) if data is not None else message.num_bytes if member.is_local else 0
+        if (message.slot, message.num_bytes, came, message.digest) != (
+            request.score.slot,
+            expected,
+            expected,
+            request.score.digest,
+        ):
             raise TeacherError(
-                f"{where}: answered {message.num_bytes:,} bytes in slot {message.slot} where {expected:,} in slot "
+                f"{where}: answered {came:,} bytes in slot {message.slot} where {expected:,} in slot "
                 f"{request.score.slot} were asked, or about other tokens. Start both from one recipe and one version."
             )
+        if data is not None:
+            self._arena.slot(request.score.slot, expected).copy_(torch.frombuffer(data, dtype=torch.uint8))
+        del self._open[message.request]
         request.answered = True
+        self.counts["scored"] += 1
+        self.counts["bytes"] += expected
+        self._accounts.add(member.identity, request.score.model, len(request.score.tokens) // 8, message.forward_s)
 
-    def _receive(self) -> Iterator[tuple[int, Message]]:
-        ready = dict(self._poller.poll(POLL_MS))
-        for index, socket in self._sockets.items():
-            if socket in ready:
-                yield index, decode(socket.recv())
-        if not ready:
-            for teacher in self._teachers.values():
-                if reason := teacher.ended(self._pids.get(teacher.index)):
-                    raise TeacherError(f"{self._name(teacher.index)}: {reason}. Look at its log.")
+    def shortage(self) -> str | None:
+        """Say by what factor teachers are too slow, and how many would do, if waiting has taken over 2% of the time."""
+        return self._accounts.shortage(len(self._members.everyone()))
 
-    def _read(self, request: Request) -> Tensor | tuple[Tensor, Tensor]:
-        shape = (request.num_supervised, self._spec.width(self._models[request.score.model].hidden_size))
-        values = self._arena.slot(request.score.slot, shape, getattr(torch, self._spec.dtype))
-        return with_head(values.to(self._device), request.score.model, self._heads)
+    def status(self) -> dict[str, Any]:
+        """Return what a person who watches wants to see of this student rank's teachers."""
+        asked = Counter(request.member.identity for request in self._open.values() if request.member is not None)
+        teachers = [
+            {
+                "name": member.join.name,
+                "host": member.join.host,
+                "pid": member.join.pid,
+                "over": "memory" if member.is_local else "network",
+                "models": sorted(member.join.models),
+                "state": member.gone or "serving",
+                "open": asked[member.identity],
+                **self._accounts.of_teacher(member.identity),
+            }
+            for member in self._members.everyone()
+        ]
+        queue = {"open": len(self._open), "waiting": len(self._waiting), "kept": len(self._kept)}
+        counts = dict(self.counts + self._members.counts)
+        return {"teachers": teachers, **queue, "counts": counts, **self._accounts.shares()}
 
-    def _name(self, index: int) -> str:
-        return f"teacher {index} ({', '.join(sorted(self._models))}; log {self._teachers[index].log})"
+    def _hidden_size(self, request: Request) -> int:
+        facts = self._models.get(request.score.model)
+        return facts.hidden_size if facts else 0
+
+    def _read(self, request: Request) -> Reference:
+        hidden_size = self._hidden_size(request)
+        data = self._arena.slot(request.score.slot, self._spec.num_bytes(request.num_supervised, hidden_size))
+        arrays = [array.to(self._device) for array in self._spec.split(data, request.num_supervised, hidden_size)]
+        return read_payload(arrays, self._spec, self._heads.get(request.score.model))
 
 
-def _bytes(values: Tensor) -> bytes:
-    return values.cpu().numpy().astype("<i8").tobytes()
+def _tail(score: Score) -> Sequence[Any]:
+    """Return what stays of a request when it is asked again."""
+    return score.alpha, score.tokens, score.starts, score.supervised, score.digest

@@ -1,13 +1,16 @@
 """The control messages between a student rank and a teacher rank: typed msgpack, never pickle.
 
     student                              teacher
-    Hello            ------------->
-                     <-------------      Welcome | Refused
+                     <-------------      Join        a teacher comes, at any time
+    Welcome | Refused ------------>
     Score            ------------->
                      <-------------      Scored | Failed
+                     <-------------      Alive       every heartbeat, whatever it computes
     Bye              ------------->
+                     <-------------      Leave       it goes in good order; others take its requests
 
-Messages carry token ids and slot numbers; payloads travel through the arena. Arrays are raw little-endian int64 bytes.
+Messages carry token ids and slot numbers. Payloads travel through the arena; a teacher on another node sends the same
+bytes as a second frame behind its Scored. Arrays are raw little-endian int64 bytes.
 """
 
 import hashlib
@@ -16,46 +19,55 @@ import msgspec
 
 from deltakd.base.errors import TeacherError
 
-PROTOCOL = 1
+PROTOCOL = 2
 MAX_MESSAGE_BYTES = 64 * 2**20
 
 
-class Hello(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """A student rank says what it expects; a teacher that differs in any of it refuses."""
+class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What both ends must mean alike; a teacher that differs in any of it is refused, with both values."""
 
     protocol: int
     launch: str
-    student_rank: int
-    models: dict[str, str]  # model -> identity of its weights
     tokenizer: str
-    kind: str
-    dtype: str
+    payload: str  # kind, precision, sizes
+    objective: str  # of a payload that fixes the target; empty for one that keeps the models apart
     layout: str
     vocab_size: int
-    arena: str  # file name in the scratch folder
+
+
+class Join(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """A teacher rank offers its models."""
+
+    terms: Terms
+    models: dict[str, str]  # model -> identity of its weights
+    name: str
+    host: str
+    pid: int
+    log: str
+
+
+class Welcome(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """A student rank agrees with everything in the Join."""
+
+    student_rank: int
+    arena: str  # file name in the scratch folder of the node
     slot_bytes: int
     num_slots: int
 
 
-class Welcome(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """A teacher rank agrees with everything in the Hello."""
-
-    teacher: int
-    pid: int
-
-
 class Refused(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """A teacher rank does not serve this student, and why, with both values."""
+    """A student rank does not take this teacher, and why, with both values."""
 
     reason: str
 
 
 class Score(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """Ask one frozen model about the supervised positions of one packed batch."""
+    """Ask one frozen model, or all of them for the `target`, about the supervised positions of one packed batch."""
 
     request: int
     model: str
     slot: int
+    alpha: float  # of the step; read by payloads that fix the target
     tokens: bytes
     starts: bytes
     supervised: bytes
@@ -63,7 +75,7 @@ class Score(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
 
 
 class Scored(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
-    """The payload lies in the slot, which belongs to the student again."""
+    """The payload lies in the slot, which belongs to the student again, or in the next frame."""
 
     request: int
     slot: int
@@ -81,13 +93,23 @@ class Failed(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
+class Alive(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """A teacher's heart beats, from a thread of its own; `member` is the identity of its other socket."""
+
+    member: bytes
+
+
+class Leave(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
+    """A teacher goes; it answers nothing that is still open."""
+
+
 class Bye(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):
     """A student rank is done; a teacher whose students have all left ends."""
 
     student_rank: int
 
 
-Message = Hello | Welcome | Refused | Score | Scored | Failed | Bye
+Message = Join | Welcome | Refused | Score | Scored | Failed | Alive | Leave | Bye
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -104,7 +126,7 @@ def decode(data: bytes | memoryview) -> Message:
         raise TeacherError(f"teacher service: a message of {len(data):,} bytes exceeds {MAX_MESSAGE_BYTES:,}. Refused.")
     try:
         return _DECODER.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
         raise TeacherError(f"teacher service: not a message ({error}). Refused.") from error
 
 
@@ -115,3 +137,9 @@ def batch_digest(tokens: bytes, starts: bytes, supervised: bytes) -> bytes:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)
     return digest.digest()
+
+
+def differences(theirs: Terms, ours: Terms) -> list[str]:
+    """Name every term in which a teacher differs from its student, with both values."""
+    fields = ((name, getattr(theirs, name), getattr(ours, name)) for name in Terms.__struct_fields__)
+    return [f"{name}: {there} there, {here} here" for name, there, here in fields if there != here]

@@ -7,55 +7,78 @@ this process have one face; nothing above knows the difference, and on a CPU not
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Protocol, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from deltakd.base.errors import TeacherError
+from deltakd.losses.frozen import TARGET, Reference
 from deltakd.models.forward import Batch
-from deltakd.models.frozen import PayloadSpec, count_bad, payload
+from deltakd.teacher.messages import batch_digest
+from deltakd.teacher.payloads import Frozen, PayloadSpec, count_bad, read_payload
 
 B = TypeVar("B", bound=Batch)
 
-# A frozen model's word on the N supervised tokens of a batch: logits [N, V], or hidden states [N, H] with their head.
-Payloads = dict[str, Tensor | tuple[Tensor, Tensor]]
+# What the loss reads of the N supervised tokens of a batch, by model, or of the whole target.
+Payloads = dict[str, Reference]
 
 
 class References(Protocol):
     """Where the frozen models' payloads come from."""
 
-    def ahead(self, batches: Iterable[B]) -> Iterator[tuple[B, Payloads]]:
-        """Yield each batch with its payloads, in order; payloads are valid until the next one is asked for."""
+    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+        """Yield each batch with its payloads at the target's alpha, in order; valid until the next is asked for."""
+
+    def shortage(self) -> str | None:
+        """Say how much faster references would have to come, if training has waited for them."""
 
 
-class NoReferences:
+class NeverShort:
+    """References that nobody is waited for."""
+
+    def shortage(self) -> str | None:
+        return None
+
+
+class NoReferences(NeverShort):
     """For objectives that need no frozen model."""
 
-    def ahead(self, batches: Iterable[B]) -> Iterator[tuple[B, Payloads]]:
-        for batch in batches:
+    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+        for batch, _ in batches:
             yield batch, {}
 
 
-class InProcessReferences:
+class InProcessReferences(NeverShort):
     """Frozen models beside the student, in its own process: for comparison, and where memory is no question."""
 
-    def __init__(self, models: Mapping[str, nn.Module], heads: Mapping[str, Tensor], spec: PayloadSpec) -> None:
-        self._models = models
+    def __init__(self, frozen: Frozen, heads: Mapping[str, Tensor]) -> None:
+        self._frozen = frozen
         self._heads = heads
-        self._spec = spec
 
-    def ahead(self, batches: Iterable[B]) -> Iterator[tuple[B, Payloads]]:
-        for batch in batches:
-            yield batch, {name: self._ask(name, batch) for name in self._models} if len(batch.supervised) else {}
+    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+        names = asked_names(self._frozen.spec, self._frozen.models)
+        for batch, alpha in batches:
+            yield batch, {name: self._ask(name, batch, alpha) for name in names} if len(batch.supervised) else {}
 
-    def _ask(self, name: str, batch: Batch) -> Tensor | tuple[Tensor, Tensor]:
-        answer = payload(self._models[name], batch, self._spec)
-        if bad := count_bad(answer):
+    def _ask(self, name: str, batch: Batch, alpha: float) -> Reference:
+        spec = self._frozen.spec
+        arrays = self._frozen.payload(name, batch, alpha, batch_digest(*batch_bytes(batch)))
+        bad, whole = count_bad(arrays, spec)
+        if bad:
             raise TeacherError(
-                f"{name}, in process: {bad:,} of {answer.numel():,} numbers are not finite in {self._spec.dtype}. "
+                f"{name}, in process: {bad:,} of {whole:,} numbers are not finite in {spec.dtype}. "
                 "Write references.dtype=float32, or look at the model."
             )
-        return with_head(answer, name, self._heads)
+        return read_payload(arrays, spec, self._heads.get(name))
 
 
-def with_head(answer: Tensor, name: str, heads: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, Tensor]:
-    """Pair hidden states with the frozen head that turns them into logits; logits stand alone."""
-    return (answer, heads[name]) if name in heads else answer
+def asked_names(spec: PayloadSpec, models: Iterable[str]) -> list[str]:
+    """Name the payloads of one batch: one for each model, or one for the target."""
+    return sorted(models) if spec.keeps_models_apart else [TARGET]
+
+
+def batch_bytes(batch: Batch) -> tuple[bytes, bytes, bytes]:
+    """Return a batch's tokens, starts and supervised positions as they travel."""
+
+    def as_bytes(values: Tensor) -> bytes:
+        return values.cpu().numpy().astype("<i8").tobytes()
+
+    return as_bytes(batch.tokens), as_bytes(batch.starts), as_bytes(batch.supervised)

@@ -10,20 +10,38 @@ from deltakd.base.settings import Settings
 class ReferencesSettings(Settings):
     """How the frozen models' words reach the loss."""
 
-    source: Literal["service", "in_process"] = Field(
+    source: Literal["service", "in_process", "cache"] = Field(
         "service",
-        description="service: teacher ranks in processes of their own. in_process: loaded beside the student.",
+        alias="from",
+        description="service: teacher ranks in processes of their own. in_process: loaded beside the student. "
+        "cache: what `deltakd cache` wrote before; no teacher is needed.",
     )
-    payload: Literal["hidden", "logits"] = Field(
-        "hidden", description="hidden: last hidden states, the student owns the frozen heads. logits: whole vocabulary."
+    payload: Literal["auto", "hidden", "logits", "target", "top_k", "sampled"] = Field(
+        "auto",
+        description="hidden: last hidden states, the student owns the frozen heads. logits: each model's "
+        "vocabulary. target: the one target's. top_k, sampled: estimates of it. auto: hidden or target, by size.",
     )
     dtype: Literal["float16", "bfloat16", "float32"] = Field("float16", description="Precision of the payload.")
+    top_k: int = Field(64, gt=0, description="How many of the target's tokens top_k sends.")
+    tail: bool = Field(True, description="top_k: add the mass of all other tokens; false: renormalise without them.")
+    samples: int = Field(64, gt=0, description="How many draws from the target sampled sends for each token.")
 
 
 class TeachersSettings(Settings):
-    """The teacher ranks of one node."""
+    """The teacher ranks, and how students deal with them."""
 
     per_node: int = Field(1, gt=0, description="How many processes of a node serve; the others train.")
+    serves: list[list[str]] | None = Field(
+        None, description="The models of each teacher rank of a node; null: all of them on every one."
+    )
     look_ahead: int = Field(2, ge=0, description="Micro-batches requested beyond the one in training.")
-    start_s: float = Field(600.0, gt=0, description="How long a teacher may take to load its models.")
-    answer_s: float = Field(300.0, gt=0, description="How long one answer may take before the run stops.")
+    start_s: float = Field(600.0, gt=0, description="How long a teacher may take to load its models and join.")
+    answer_s: float = Field(300.0, gt=0, description="How long one answer may take before another teacher is asked.")
+    heartbeat_s: float = Field(1.0, gt=0, description="How often a teacher says that it lives.")
+    silent_s: float = Field(10.0, gt=0, description="After how long a silent teacher's requests go to others.")
+    give_up_s: float = Field(300.0, gt=0, description="How long a run waits for a teacher before it stops.")
+    restarts: int = Field(3, ge=0, description="How often each teacher rank is started again after it died.")
+    network: bool = Field(True, description="Listen, with keys, for teachers of other nodes as well.")
+    host: str | None = Field(
+        None, description="The address of this node that they reach; null: listen on all, name the first."
+    )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import chain, islice, tee
+from itertools import islice, tee
 
 from deltakd.base.ranks import World
 from deltakd.data.packing import PackedBatch
@@ -29,7 +29,8 @@ def train(parts: TrainParts, write: Callable[[StepRecord], None]) -> StepRecord:
     """Take all steps; `write` gets each record on rank 0. Returns the last record."""
     # Two readers of one stream: the references run ahead of the steps, across their boundaries.
     steps, upcoming = tee(islice(parts.steps, parts.num_steps))
-    scored = parts.references.ahead(chain.from_iterable(upcoming))
+    asked = ((batch, parts.alpha.foretold(step)) for step, batches in enumerate(upcoming, start=1) for batch in batches)
+    scored = parts.references.ahead(asked)
     for step, batches in enumerate(steps, start=1):
         record = train_step(parts.engine, parts.world, parts.schedule, parts.alpha, batches, scored, step)
         if parts.world.rank == 0:

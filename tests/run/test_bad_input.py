@@ -43,7 +43,7 @@ FILES = {
     "long.jsonl": rows((turn("user"), turn("assistant", "word " * 500))),
 }
 
-IN = "references.source=in_process"
+IN = "references.from=in_process"
 CASES = {
     "unknown key": (["train.stepps=3"], r"command line: train\.stepps: .*Write (train\.)?steps"),
     "wrong type": (["train.learning_rate=fast"], r"command line: train\.learning_rate: .*fast"),

@@ -31,10 +31,10 @@ def shared_folders(pids: list[int]) -> set[Path]:
 class Running:
     """A long run in the background with everything that belongs to it."""
 
-    def __init__(self, lab, name: str, ranks: int | None) -> None:
+    def __init__(self, lab, name: str, ranks: int | None, *overrides: str) -> None:
         self.directory = lab.folder / "runs" / name
         self.log = lab.folder / f"{name}.log"
-        command = lab.command(f"run={name}", "train.steps=100000", ranks=ranks)
+        command = lab.command(f"run={name}", "train.steps=100000", *overrides, ranks=ranks)
         with self.log.open("wb") as output:
             self.launcher = subprocess.Popen(
                 command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
@@ -68,24 +68,27 @@ class Running:
         (1, "teacher"),
         (3, "student"),
         (3, "teacher"),
+        (3, "supervisor"),
         (None, "student"),
     ],
 )
 def test_killing_any_process_ends_all(lab, ranks, victim):
-    running = Running(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks)
+    final = ["teachers.restarts=0", "teachers.give_up_s=2"] if victim == "teacher" else []
+    running = Running(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks, *final)
     try:
         pid = {
             "launcher": running.launcher.pid,
             "launch.py": next((p.pid for p in running.processes if "deepspeed.launcher.launch" in p.cmdline()), None),
             "student": running.by_role["student", 0],
             "teacher": running.by_role["teacher", 0],
+            "supervisor": psutil.Process(running.by_role["teacher", 0]).ppid(),
         }[victim]
         psutil.Process(pid).kill()
         running.ends_clean()
-        if victim == "teacher" and ranks == 1:
+        if victim == "teacher":
             assert running.processes[0].returncode == 2  # psutil has waited for it already
             said = [line for line in running.log.read_text().splitlines() if line.startswith("deltakd: ")]
-            assert len(said) == 1 and "teacher 0" in said[0] and "Look at its log" in said[0]
+            assert len(said) == 1 and "teacher 0" in said[0] and "Look at its log" in said[0], said
     finally:
         for process in running.processes:
             if process.is_running():

@@ -90,7 +90,7 @@ def test_a_student_s_process_holds_of_the_teachers_nothing_but_their_heads(lab):
     overrides = [f"models.teacher.weights={lab.folder}/big", f"models.teacher_raw.weights={lab.folder}/big_raw"]
     peak = {}
     for source in ("service", "in_process"):
-        steps = lab.train(f"memory_{source}", *overrides, "train.steps=1", f"references.source={source}")
+        steps = lab.train(f"memory_{source}", *overrides, "train.steps=1", f"references.from={source}")
         peak[source] = steps[-1]["memory_bytes"]
     assert peak["in_process"] - peak["service"] > 1.8 * num_bytes
     student = next(line for line in lab.lines("memory_service", "processes.jsonl") if line["role"] == "student")

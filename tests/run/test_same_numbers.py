@@ -23,7 +23,7 @@ def forward_kl(lab):
 
 
 def test_the_service_equals_references_in_process_bit_for_bit(lab, delta, forward_kl):
-    in_process = ["references.source=in_process"]
+    in_process = ["references.from=in_process"]
     assert curve(lab.train("delta_in_process", *in_process)) == curve(delta)
     assert curve(lab.train("fkl_in_process", *in_process, "objective.target={name: teacher}")) == curve(forward_kl)
     assert same_weights(lab, "delta", "delta_in_process") and same_weights(lab, "forward_kl", "fkl_in_process")

@@ -1,0 +1,112 @@
+"""`deltakd cache`: write what the frozen models say of a recipe's micro-batches, once, so that training asks nobody."""
+
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deltakd.base.errors import RunError
+from deltakd.base.ranks import Placement, assign_role
+from deltakd.data.packing import PackedBatch
+from deltakd.engine.protocol import device_name
+from deltakd.losses.settings import needed_references
+from deltakd.recipe.build import (
+    Inputs,
+    build_frozen,
+    build_stream,
+    frozen_facts,
+    planned,
+    read_examples,
+    read_inputs,
+    terms,
+)
+from deltakd.recipe.checks import check_paths, check_recipe
+from deltakd.recipe.load import load
+from deltakd.recipe.teachers import use_threads
+from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key
+from deltakd.teacher.messages import batch_digest
+from deltakd.teacher.payloads import count_bad
+from deltakd.teacher.references import asked_names, batch_bytes
+
+Asked = tuple[Key, PackedBatch, float, int]  # a payload's key, its batch, the target's alpha, its size in bytes
+
+
+def cache(name: str, overrides: Sequence[str], stage: str | None, num_students: int) -> None:
+    """Write every payload of a recipe's training that is not there yet, after saying how much that is.
+
+    Raises RunError if the disk cannot hold it, or if a number is not finite.
+    """
+    loaded = load(name, overrides, stage)
+    recipe = loaded.recipe
+    check_recipe(recipe, loaded.where)
+    check_paths(recipe, loaded.where, name)
+    if not needed_references(recipe.objective):
+        raise RunError(f"{loaded.where('objective')}: no frozen model is asked. There is nothing to cache.")
+    use_threads()
+    inputs = read_inputs(recipe, loaded.where)
+    identities = {role: facts.identity for role, facts in frozen_facts(inputs).items()}
+    folder, about = cache_folder(Path(recipe.root), terms(inputs, ""), identities)
+    with CacheWriter(folder, about) as writer:
+        for damaged in writer.damaged:
+            print(damaged, file=sys.stderr, flush=True)
+        # The same payload may be asked for twice: in an epoch that has only one order.
+        wanted = {key: size for key, _, _, size in _asked(inputs, num_students)}
+        missing = {key: size for key, size in wanted.items() if key not in writer.records}
+        to_write = sum(missing.values())
+        free = shutil.disk_usage(folder).free
+        print(
+            f"{folder}: {inputs.why}; {len(wanted):,} payloads, {len(wanted) - len(missing):,} are there, "
+            f"{to_write:,} bytes to write, {free / 2**20:,.0f} MiB are free",
+            flush=True,
+        )
+        if to_write > free:
+            raise RunError(
+                f"{folder}: {to_write / 2**30:,.2f} GiB do not fit into the {free / 2**30:,.2f} GiB that are free. "
+                "Write root=... on a larger disk, references.payload=top_k, or fewer train.steps."
+            )
+        if missing:
+            _write(inputs, writer, missing, _asked(inputs, num_students))
+    print(f"{folder}: complete; train with references.from=cache", flush=True)
+
+
+def _asked(inputs: Inputs, num_students: int) -> Iterator[Asked]:
+    recipe, spec, facts = inputs.recipe, inputs.spec, frozen_facts(inputs)
+    examples = read_examples(recipe, inputs.tokenizer, progress=True)
+    for rank in range(num_students):
+        role = assign_role(Placement(rank, num_students, rank, num_students), 0)
+        for batch, alpha in planned(recipe, build_stream(recipe, examples, role).steps()):
+            for name in asked_names(spec, facts) if batch.num_supervised else []:
+                hidden_size = facts[name].hidden_size if name in facts else 0
+                size = spec.num_bytes(batch.num_supervised, hidden_size)
+                yield record_key(name, batch, alpha, spec), batch, alpha, size
+
+
+def _write(inputs: Inputs, writer: CacheWriter, missing: dict[Key, int], asked: Iterator[Asked]) -> None:
+    device, spec = device_name(0), inputs.spec
+    frozen = build_frozen(inputs, device, frozenset(inputs.frozen))
+    console = Console(stderr=True)
+    columns = (TextColumn("payloads"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("payloads", total=len(missing))
+        for key, batch, alpha, size in asked:
+            if missing.pop(key, None) is None:
+                continue
+            bar.advance(task)
+            name = key[0]
+            arrays = frozen.payload(name, batch.to(device), alpha, batch_digest(*batch_bytes(batch)))
+            bad, whole = count_bad(arrays, spec)
+            if bad:
+                raise RunError(
+                    f"{name}: {bad:,} of {whole:,} numbers are not finite in {spec.dtype}. "
+                    "Write references.dtype=float32, or look at the model."
+                )
+            data = torch.zeros(size, dtype=torch.uint8)
+            for place, array in zip(
+                spec.split(data, batch.num_supervised, frozen.hidden_size(name)), arrays, strict=True
+            ):
+                place.copy_(array)
+            writer.write(key, data)

@@ -1,0 +1,128 @@
+"""The cache: written once, resumed after a kill, checked byte by byte, and the same losses as asking."""
+
+import json
+import shutil
+import subprocess
+import time
+
+import pytest
+
+LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
+
+
+def curve(steps):
+    return [[step[name] for name in LOSSES] for step in steps]
+
+
+SINGLE = "engine={name: single}"  # what is read does not depend on the engine, and this one starts at once
+
+
+def train(lab, run, *overrides):
+    return lab.train(run, SINGLE, *overrides)
+
+
+def refused_run(lab, run, *overrides):
+    """Run what must end with one sentence, and return that sentence."""
+    done = lab.run(*lab.command(f"run={run}", SINGLE, *overrides))
+    assert done.returncode == 2 and done.stderr.count("deltakd: ") == 1, done.stderr
+    return done.stderr[done.stderr.index("deltakd: ") :]
+
+
+def verb(lab, *words):
+    return lab.run(*deltakd("cache"), str(lab.recipe), *words)
+
+
+def deltakd(*words):
+    import sys
+
+    return [sys.executable, "-m", "deltakd", *words]
+
+
+@pytest.fixture(scope="module")
+def asked(lab):
+    """What in-process references give; the service's are the same (test_same_numbers)."""
+    return curve(train(lab, "cache_asked", "references.from=in_process"))
+
+
+@pytest.fixture(scope="module")
+def written(lab):
+    done = verb(lab, "run=cache_written")
+    assert done.returncode == 0, done.stderr
+    folder = next((lab.folder / "runs" / "cache").iterdir())
+    return folder, done.stdout
+
+
+def test_a_cache_gives_the_losses_of_asking_bit_for_bit_and_no_teacher_runs(lab, asked, written):
+    folder, said = written
+    assert "bytes to write" in said and "MiB are free" in said and "0 are there" in said
+    assert curve(train(lab, "cache_read", "references.from=cache")) == asked
+    processes = lab.lines("cache_read", "processes.jsonl")
+    assert [line["role"] for line in processes] == ["student"] and processes[0]["models"] == ["student"]
+    # Hidden states keep the models apart: another alpha reads the same payloads.
+    assert curve(train(lab, "cache_alpha", "references.from=cache", "objective.target.alpha=0.25")) != asked
+    again = verb(lab, "run=cache_again", "objective.target.alpha=0.75")
+    assert ", 0 bytes to write" in again.stdout and [*(lab.folder / "runs" / "cache").iterdir()] == [folder]
+
+
+def test_the_whole_target_in_a_cache_is_that_of_its_alpha_alone(lab, asked):
+    target = "references.payload=target"
+    assert verb(lab, target).returncode == 0
+    expected = curve(train(lab, "target_asked", target, "references.from=in_process"))
+    assert curve(train(lab, "target_read", target, "references.from=cache")) == expected
+    refused = refused_run(lab, "target_other", target, "references.from=cache", "objective.target.alpha=0.25")
+    assert "nothing of target about a micro-batch" in refused
+
+
+def test_micro_batches_that_are_not_in_it_are_refused_before_the_first_step(lab, written):
+    refused = refused_run(lab, "cache_other", "references.from=cache", "train.tokens_per_micro_batch=200")
+    assert "Run `deltakd cache`" in refused
+    assert not (lab.folder / "runs" / "cache_other" / "steps.jsonl").exists()
+
+
+def test_a_flipped_byte_is_found_and_named_and_made_anew(lab, asked, written):
+    folder, _ = written
+    shard = folder / "00000.bin"
+    before = shard.read_bytes()
+    shard.write_bytes(before[:1000] + bytes([before[1000] ^ 1]) + before[1001:])
+    refused = refused_run(lab, "cache_flipped", "references.from=cache")
+    assert f"{shard}: " in refused
+    mended = verb(lab)
+    assert mended.returncode == 0 and f"{shard}: " in mended.stderr and ", 0 bytes to write" not in mended.stdout
+    assert curve(train(lab, "cache_mended", "references.from=cache")) == asked
+
+
+def test_a_killed_writer_goes_on_where_it_was(lab, tmp_path, asked, written):
+    """Killed with half of it written; then a line of its index is cut as well, as a kill within a write would."""
+    overrides = [f"root={tmp_path}/runs"]
+    writer = subprocess.Popen(
+        [*deltakd("cache"), str(lab.recipe), *overrides], cwd=lab.folder, env=lab.environment(), stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 120
+    while not (found := [*tmp_path.glob("runs/cache/*/index.jsonl")]) or found[0].stat().st_size < 200:
+        assert time.monotonic() < deadline and writer.poll() is None
+    writer.kill()
+    writer.communicate()
+    lines = found[0].read_text().splitlines(keepends=True)
+    found[0].write_text("".join(lines[:-1]) + lines[-1][:20])
+    done = verb(lab, *overrides)
+    assert done.returncode == 0 and f"{len(lines) - 1} are there" in done.stdout, done.stdout + done.stderr
+    whole = [json.loads(line) for line in (written[0] / "index.jsonl").read_text().splitlines()]
+    mine = [json.loads(line) for line in found[0].read_text().splitlines()]
+    assert {(tuple(line[:3]), line[-1]) for line in mine} == {(tuple(line[:3]), line[-1]) for line in whole}
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_its_first_byte(lab, tmp_path):
+    """A disk of 64 KiB, where this machine lets us mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no small disk: mounting one needs root")
+    try:
+        (small / "tokens").symlink_to(lab.folder / "runs" / "tokens")
+        refused = verb(lab, f"root={small}")
+        assert refused.returncode == 2 and "do not fit into the" in refused.stderr, refused.stderr
+        assert not [*small.glob("cache/*/*.bin")]
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+        shutil.rmtree(small)
