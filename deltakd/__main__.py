@@ -12,7 +12,7 @@ from deltakd.base.processes import end_with_launchers
 from deltakd.bench.command import add_bench, run_bench
 
 if TYPE_CHECKING:
-    from deltakd.recipe.teachers import Post
+    from deltakd.recipe.supervise import Post
 
 SILENCE_S = 4.0
 
@@ -84,7 +84,7 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
 
 def post(options: argparse.Namespace) -> "Post":
     """Return where a teacher rank stands, from its options."""
-    from deltakd.recipe.teachers import Post
+    from deltakd.recipe.supervise import Post
 
     return Post(options.index, options.students, options.launch, options.device, options.log, options.run)
 

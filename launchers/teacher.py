@@ -25,11 +25,15 @@ def main() -> int:
 
     def life() -> None:
         from deltakd.recipe.load import load
-        from deltakd.recipe.teachers import serve, supervise
+        from deltakd.recipe.supervise import supervise
 
         loaded = load(options.recipe, options.overrides, options.stage)
-        # One that joins from elsewhere is its user's to start again; one of the node is kept running.
-        (serve if options.run else supervise)(loaded, post(options))
+        if not options.run:
+            supervise(loaded, post(options))
+            return
+        from deltakd.recipe.teachers import serve
+
+        serve(loaded, post(options))  # it may come and go: whoever started it may start it again
 
     return guarded(life)
 

@@ -73,9 +73,9 @@ def test_a_library_is_imported_only_where_it_is_adapted(library):
     assert found <= ADAPTERS[library]
 
 
-def test_checking_a_recipe_imports_neither_torch_nor_transformers():
+def test_checking_a_recipe_and_supervising_import_neither_torch_nor_transformers():
     code = (
-        "import sys; from deltakd.__main__ import main; "
+        "import sys; from deltakd.__main__ import main; import deltakd.recipe.ranks; "
         "assert main(['check', 'ultrachat']) == 0; "
         "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'zmq'} & set(sys.modules)))"
     )

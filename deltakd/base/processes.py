@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from deltakd.base.errors import RunError
+
 # A process above us belongs to the launch if a word of its command line is one of these programs, scripts or modules. A
 # shell that was given a whole command in one word (`ssh host "nohup ... &"`) is none: it may end before its command.
 LAUNCHERS = frozenset(
@@ -117,6 +119,16 @@ def launch_identity(directory: Path) -> str:
     parent = psutil.Process(os.getppid())
     text = f"{directory.resolve()}|{parent.pid}|{parent.create_time()}"
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def use_threads() -> None:
+    """Take one thread per process unless OMP_NUM_THREADS says otherwise, so that sums do not depend on the node."""
+    threads = os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]
+    if not threads.isdigit() or int(threads) < 1:
+        raise RunError(f"OMP_NUM_THREADS: {threads!r} is no number of threads. Write 1 or more.")
+    import torch
+
+    torch.set_num_threads(int(threads))
 
 
 def resident_bytes() -> int:

@@ -25,6 +25,8 @@ from deltakd.base.errors import RunError
 from deltakd.base.processes import resident_bytes
 
 FINISHED = "finished.json"
+SERVICE = "service"  # folder in which teachers from elsewhere find the students
+STATUS = "status"  # folder in which every student rank shows how its teachers do
 FREE = frozenset({"pipeline", "evaluation", "records"})  # parts of a recipe that a finished training does not depend on
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
 

@@ -20,6 +20,7 @@ from types import TracebackType
 
 from deltakd.base.errors import RunError
 
+SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "deltakd-"
 
 # Runs isolated (-I -S): no site packages, about 8 MB. The lock file is opened before the folder can vanish.

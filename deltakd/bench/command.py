@@ -71,9 +71,9 @@ def run_bench(options: argparse.Namespace) -> None:
 
         transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
         return
+    from deltakd.base.processes import use_threads
     from deltakd.recipe.checks import check_every_stage, check_paths
     from deltakd.recipe.load import load
-    from deltakd.recipe.teachers import use_threads
 
     use_threads()
     check_every_stage(options.recipe, options.overrides)

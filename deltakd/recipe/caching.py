@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deltakd.base.errors import RunError
+from deltakd.base.processes import use_threads
 from deltakd.base.ranks import Placement, assign_role
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import device_name
@@ -26,7 +27,6 @@ from deltakd.recipe.build import (
 )
 from deltakd.recipe.checks import check_paths, check_recipe
 from deltakd.recipe.load import load
-from deltakd.recipe.teachers import use_threads
 from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key
 from deltakd.teacher.messages import batch_digest
 from deltakd.teacher.payloads import count_bad

@@ -1,24 +1,15 @@
-"""The lives of the processes of a run: what a launcher starts becomes a student rank or a teacher rank.
+"""Who a launched process is: a student rank or a teacher rank, decided from its place, before anything is loaded.
 
-A process decides its role from its place, checks everything that can be checked before anything is loaded, and leaves
-nothing behind, however it ends. The teachers' side is in `teachers.py`.
+What either then does is in `student.py`, `supervise.py` and `teachers.py`. Imports no torch.
 """
 
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from deltakd.base.errors import RunError
-from deltakd.base.processes import launch_identity
-from deltakd.base.ranks import Placement, Role, assign_role
-from deltakd.base.rundir import RunDirectory
-from deltakd.recipe.build import build_parts, read_examples, read_inputs
-from deltakd.recipe.checks import check_paths, check_recipe
-from deltakd.recipe.finished import identities, is_finished
-from deltakd.recipe.load import Loaded, dump_recipe
-from deltakd.recipe.teachers import Post, open_service, supervise, use_threads, wants_service
-from deltakd.train.loop import train
-from deltakd.train.records import Records
+from deltakd.base.ranks import Placement, assign_role
+from deltakd.recipe.checks import check_recipe
+from deltakd.recipe.load import Loaded
+from deltakd.recipe.supervise import Post, supervise, wants_service
 
 
 @dataclass(frozen=True)
@@ -32,7 +23,6 @@ class Launch:
 
 def run_rank(loaded: Loaded, launch: Launch) -> None:
     """Live this process's life in the run: train or serve, by its local rank."""
-    use_threads()
     recipe = loaded.recipe
     num_teachers = recipe.teachers.per_node if wants_service(recipe) else 0
     check_recipe(recipe, loaded.where)
@@ -42,47 +32,10 @@ def run_rank(loaded: Loaded, launch: Launch) -> None:
             f"{loaded.where('engine.name')}: single trains in one process, {role.num_students} were started. "
             "Write engine: {name: deepspeed}, or start one."
         )
-    if role.kind == "student":
-        student(loaded, role, launch.identity)
-    elif not is_finished(RunDirectory(Path(recipe.directory)), recipe):
+    if role.kind == "teacher":
         device = f"cuda:{launch.placement.local_rank}"
         supervise(loaded, Post(role.rank, role.num_local_students, launch.identity, device))
+        return
+    from deltakd.recipe.student import student
 
-
-def student(loaded: Loaded, role: Role, launch_name: str | None) -> None:
-    """Train: claim the directory, check, start teachers if they are ours to start, join, train, export."""
-    recipe = loaded.recipe
-    run = RunDirectory(Path(recipe.directory))
-    with ExitStack() as stack:
-        if role.rank == 0:
-            stack.enter_context(run.claim())
-        if is_finished(run, recipe):
-            if role.rank == 0:
-                print(f"{run.path}: finished; nothing to do. Remove the folder to train again.", flush=True)
-            return
-        check_paths(recipe, loaded.where, Path(recipe.root).name)
-        inputs = read_inputs(recipe, loaded.where)
-        examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
-        if role.rank == 0:
-            print(f"{run.path}: {examples.counts.describe()}", flush=True)
-            run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
-        launch = launch_name or launch_identity(run.path)
-        service = open_service(loaded, run, inputs, role, launch, stack) if role.num_local_teachers else None
-        if role.rank == 0 and inputs.frozen:
-            print(f"references: {inputs.why}", flush=True)
-        parts = build_parts(inputs, examples, role, service)
-        beside = list(inputs.frozen) if recipe.references.source == "in_process" else []
-        heads = list(inputs.frozen) if not beside and inputs.spec.kind == "hidden" else []
-        run.record_process("student", role.rank, parts.engine.device, ["student", *beside], heads)
-        parts.world.barrier()
-        if role.rank == 0:
-            records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps))
-            last = train(parts, records.write)
-        else:
-            last = train(parts, lambda record: None)
-        if role.rank == 0 and (short := parts.references.shortage()):
-            print(short, flush=True)
-        parts.engine.save(run.export, inputs.tokenizer)
-        if role.rank == 0:
-            run.finish({"steps": last.step, "loss": last.loss, "inputs": identities(inputs)})
-            print(f"{run.path}: finished after {last.step} steps; the model lies in {run.export}", flush=True)
+    student(loaded, role, launch.identity)

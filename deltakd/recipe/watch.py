@@ -15,8 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import RunDirectory
-from deltakd.recipe.teachers import STATUS
+from deltakd.base.rundir import STATUS, RunDirectory
 from deltakd.train.records import describe
 
 EVERY_S = 1.0

@@ -126,7 +126,7 @@ def decode(data: bytes | memoryview) -> Message:
         raise TeacherError(f"teacher service: a message of {len(data):,} bytes exceeds {MAX_MESSAGE_BYTES:,}. Refused.")
     try:
         return _DECODER.decode(data)
-    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError) as error:  # ValueError: text not in UTF-8
         raise TeacherError(f"teacher service: not a message ({error}). Refused.") from error
 
 

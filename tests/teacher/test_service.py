@@ -1,8 +1,6 @@
 """The service over real sockets and shared memory: answers are right, and whatever is wrong never reaches a loss."""
 
-import os
-import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
@@ -11,15 +9,12 @@ import torch
 import zmq
 
 from deltakd.base.errors import RunError, TeacherError
-from deltakd.data.examples import Example
-from deltakd.data.packing import blank_batch, pack
+from deltakd.data.packing import blank_batch
 from deltakd.losses import linear_loss, objective
 from deltakd.models.load import load_model
-from deltakd.models.settings import ModelsSettings, WeightsSettings
-from deltakd.teacher.addresses import connect, local_addresses, remote_addresses
+from deltakd.teacher.addresses import connect, remote_addresses
 from deltakd.teacher.arena import Arena
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, make_arena
-from deltakd.teacher.members import Front, Members
+from deltakd.teacher.client import ServiceReferences
 from deltakd.teacher.messages import (
     PROTOCOL,
     Alive,
@@ -29,7 +24,6 @@ from deltakd.teacher.messages import (
     Refused,
     Score,
     Scored,
-    Terms,
     Welcome,
     decode,
     encode,
@@ -37,79 +31,19 @@ from deltakd.teacher.messages import (
 from deltakd.teacher.payloads import Frozen, PayloadSpec
 from deltakd.teacher.references import InProcessReferences
 from deltakd.teacher.server import Offer, TeacherServer, read_batch
-
-FLOAT32 = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
-SPEC = PayloadSpec("hidden", "float32", "packed", 300)
-DELTA = {"target": {"name": "delta", "alpha": 0.5}}
-SETTINGS = ServiceSettings(look_ahead=2, start_s=20, answer_s=20, give_up_s=20, max_tokens=64)
-
-
-@pytest.fixture(scope="module")
-def models(lab):
-    return {
-        role: load_model(role, lab.folder / folder, FLOAT32)
-        for role, folder in {"teacher": "teacher", "teacher_raw": "teacher_raw", "student_raw": "student"}.items()
-    }
-
-
-def batches(count: int, alpha: float = 0.5):
-    generator = torch.Generator().manual_seed(2)
-
-    def example(length: int) -> Example:
-        tokens = torch.randint(0, 300, (length,), generator=generator).int().numpy()
-        return Example(tokens, (torch.arange(length) > length // 2).numpy())
-
-    return [(pack([example(5 + i), example(9)]), alpha) for i in range(count)]
-
-
-def terms(spec=SPEC, launch="test", tokenizer="fingerprint", wanted=""):
-    return Terms(PROTOCOL, launch, tokenizer, spec.words, wanted, spec.layout, spec.vocab_size)
-
-
-@contextmanager
-def serving(folder, models, spec=SPEC, name="0", network=None, **changes):
-    """A teacher rank in a thread of this process: its sockets and its arena are the real ones."""
-    frozen = Frozen(models, spec, objective(DELTA), seed=7)
-    offer = Offer(frozen, dict.fromkeys(models, "w1"), changes.pop("terms", terms(spec)), name)
-    find = (lambda: remote_addresses(network)) if network else (lambda: local_addresses(folder, "test", 1))
-    with TeacherServer(offer, find, None if network else folder, heartbeat_s=0.05, **changes) as server:
-        server.error = None
-
-        def live():
-            try:
-                server.serve(60.0, lambda: None)
-            except TeacherError as error:
-                server.error = error
-
-        thread = server.thread = threading.Thread(target=live, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stop()
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-def widths(models):
-    return {name: int(model.get_output_embeddings().weight.shape[1]) for name, model in models.items()}
-
-
-@contextmanager
-def listening(folder, names=("teacher",), spec=SPEC, silent_s=20.0, settings=SETTINGS, network=None, hidden=48):
-    """A student rank's sockets and slots."""
-    facts = {name: FrozenFacts("w1", hidden) for name in names}
-    with make_arena(folder, 0, facts, spec, settings) as arena:
-        welcome = Welcome(0, arena.path.name, arena.slot_bytes, arena.num_slots)
-        front = Front(0, 1, terms(spec), dict.fromkeys(names, "w1"), folder, welcome)
-        with Members(front, silent_s, network, "127.0.0.1") as members:
-            yield members, arena, facts
-
-
-@contextmanager
-def references(folder, names=("teacher",), spec=SPEC, settings=SETTINGS, heads=None, **changes):
-    with listening(folder, names, spec, settings=settings, **changes) as (members, arena, facts):
-        yield ServiceReferences(members, arena, facts, heads or {}, spec, settings)
+from tests.teacher.contract import (
+    DELTA,
+    FLOAT32,
+    SETTINGS,
+    SPEC,
+    batches,
+    join,
+    listening,
+    references,
+    serving,
+    teacher_by_hand,
+    terms,
+)
 
 
 @pytest.mark.parametrize("teachers,network", [(1, False), (3, False), (1, True), (2, True)])
@@ -208,23 +142,6 @@ def test_other_weights_are_refused_and_named(tmp_path):
         list(members.receive(5.0))
         assert decode(dealer.recv()) == Refused("weights of teacher: w2 there, w1 here")
         assert not members.everyone()
-
-
-def join(**changes):
-    told = {"terms": terms(), "models": {"teacher": "w1"}, "name": "0", "host": "h", "pid": os.getpid(), "log": "a log"}
-    return Join(**(told | changes))
-
-
-@contextmanager
-def teacher_by_hand(folder, identity=b"by hand"):
-    """A socket in a teacher's place, to say what no teacher of ours would."""
-    context = zmq.Context()
-    (address,) = local_addresses(folder, "test", 1)
-    dealer = connect(context, address, identity)
-    dealer.rcvtimeo = 20_000
-    yield dealer
-    dealer.close(linger=0)
-    context.term()
 
 
 def test_a_number_that_the_payload_cannot_hold_stops_the_run_with_its_count(tmp_path, lab):
