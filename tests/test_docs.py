@@ -6,6 +6,7 @@ That the commands do what they say is tested where they are run: tests/run.
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,12 +55,17 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         if words[1] == "VERB":
             return
         options = parser().parse_args(words[1:])
-        if options.verb == "bench" and options.measurement == "losses":
+        if options.verb == "watch" or (options.verb == "bench" and options.measurement in ("losses", "transport")):
             return
         if options.recipe != "mine":
             check_every_stage(options.recipe, options.overrides)
         if options.verb == "check":
             assert main(words[1:]) == 0 and "models:" in capsys.readouterr().out
+    elif words[:2] == ["python", "launchers/teacher.py"]:
+        stage = words[words.index("--stage") + 1] if "--stage" in words else None
+        load(words[words.index("--recipe") + 1], [], stage)
+        shown = subprocess.run([sys.executable, *words[1:2], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        assert all(word in shown for word in words if word.startswith("--"))
     elif words[0] == "deepspeed" and "--recipe" in words:
         overrides = [word for word in words if "=" in word]
         assert "launchers/train.py" in words

@@ -223,7 +223,7 @@ def test_a_dumped_recipe_reads_back_equal(root, weights, learning_rate, changes)
         | {"root": root, "models": {"student": {"weights": weights}}, "pipeline": [{"name": "a", "train": changes}]}
     )
     recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": learning_rate})})
-    recipe = Recipe.model_validate(recipe.model_dump() | {"data": {"train": {"path": "x"}}})
+    recipe = Recipe.model_validate(recipe.model_dump(by_alias=True) | {"data": {"train": {"path": "x"}}})
     for resolved in (recipe, load_recipe("child", ["root=elsewhere"], "sft")):
         assert load_recipe(written(dump_recipe(resolved), "dumped.yaml")) == resolved
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -59,6 +59,13 @@ class Running:
     def ends(self):
         assert self.launcher.wait(DEADLINE_S) == 0, self.log.read_text()[-3000:]
         return curve(self.lines("steps.jsonl"))
+
+
+def cmdline(pid):
+    try:
+        return psutil.Process(pid).cmdline()
+    except psutil.NoSuchProcess:
+        return []
 
 
 def curve(steps):
@@ -117,9 +124,9 @@ def test_models_on_three_teachers_give_the_same_losses_bit_for_bit(lab, undistur
 
 
 @contextmanager
-def joining(lab, name):
+def joining(lab, name, *prefix):
     """A teacher that joins a run from anywhere: over TCP, with the keys that lie in the run's directory."""
-    command = [sys.executable, str(REPOSITORY / "launchers/teacher.py"), "--recipe", str(lab.recipe)]
+    command = [*prefix, sys.executable, str(REPOSITORY / "launchers/teacher.py"), "--recipe", str(lab.recipe)]
     command += ["--run", str(lab.folder / "runs" / name), "--index", "7", *QUICK]
     with (lab.folder / f"{name}.joined.log").open("wb") as output:
         process = subprocess.Popen(
@@ -180,3 +187,68 @@ def test_a_teacher_killed_or_stopped_every_five_seconds_changes_no_bit_in_300_st
     assert running.ends() == expected and same_weights(lab, "stormy", "calm")
     assert len(hits) >= 3, hits
     print(f"{len(hits)} teachers killed or stopped: {[hit.name for hit in hits]}")
+
+
+@pytest.fixture
+def other_host():
+    """A host of its own on this machine: another network, and another /dev/shm."""
+    name, link = "deltakd-other", "10.213.77"
+    setup = [
+        f"ip netns add {name}",
+        f"ip link add dk-here type veth peer name dk-there netns {name}",
+        f"ip addr add {link}.1/24 dev dk-here",
+        "ip link set dk-here up",
+        f"ip -n {name} addr add {link}.2/24 dev dk-there",
+        f"ip -n {name} link set dk-there up",
+    ]
+    if os.geteuid() or any(subprocess.run(command.split(), capture_output=True).returncode for command in setup):
+        subprocess.run(["ip", "netns", "del", name], capture_output=True)
+        pytest.skip("no second host: making one needs root and iproute2")
+    own = f'mount -t tmpfs tmpfs /dev/shm && ip -o addr | grep -q {link}.2 && exec "$@"'
+    yield (
+        f"{link}.1",
+        ["ip", "netns", "exec", name, "unshare", "--mount", "--uts", "sh", "-c", f"hostname other; {own}", "sh"],
+    )
+    subprocess.run(["ip", "netns", "del", name], check=True)
+
+
+@pytest.mark.soak
+def test_a_teacher_on_another_host_gives_the_same_losses_bit_for_bit(lab, undisturbed, other_host):
+    address, prefix = other_host
+    overrides = ["teachers.restarts=0", f"teachers.host={address}", *QUICK]
+    running = Running(lab, "elsewhere", f"train.steps={STEPS}", *overrides, ranks=2)
+    running.reaches(2)
+    os.kill(running.teachers()[0], signal.SIGKILL)
+    with joining(lab, "elsewhere", *prefix) as joined:
+        assert running.ends() == undisturbed
+        assert joined.wait(60) == 0
+    teachers = [line for line in running.lines("processes.jsonl") if line["role"] == "teacher"]
+    assert teachers[-1]["host"] == "other" and len(teachers) == 2
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_fifty_runs_killed_at_random_moments_leave_nothing(lab):
+    """Students, teachers, supervisors, launchers, or all at once, from the first import to the middle of training."""
+    draw, before, tally = random.Random(0), set(Path("/dev/shm").iterdir()), []
+    for number in range(50):
+        ranks = draw.choice([None, 1, 3])
+        running = Running(lab, f"random_{number}", "train.steps=100000", ranks=ranks)
+        time.sleep(draw.uniform(0.5, 20))
+        family = [running.launcher.pid, *(p.pid for p in psutil.Process(running.launcher.pid).children(recursive=True))]
+        # The janitor's own death leaves what the next start on the node sweeps: tests/base/test_scratch.py.
+        targets = [pid for pid in family if "-S" not in cmdline(pid)]
+        victims = targets if draw.random() < 0.3 else [draw.choice(targets)]
+        processes = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
+        for pid in victims:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if running.launcher.pid not in victims and running.launcher.poll() is None:
+            time.sleep(1)  # a teacher may come back, and the run go on: then it is ended as well
+            running.launcher.kill()
+        running.launcher.wait()
+        _, alive = psutil.wait_procs(processes, timeout=60)
+        assert not alive, (number, [process.cmdline() for process in alive])
+        wait_until(lambda: set(Path("/dev/shm").iterdir()) <= before, "an empty /dev/shm")
+        tally.append((ranks, len(victims), len(family), len(running.lines("steps.jsonl"))))
+    print(tally)
