@@ -45,7 +45,15 @@ def batch():
 
 def step(engine, number, batches):
     still = ScheduledAlpha(0.0, None, 1)
-    return train_step(engine, SoloWorld(), lambda _: 0.01, still, batches, NoReferences().ahead([(batch, 0.5) for batch in batches]), number)
+    return train_step(
+        engine,
+        SoloWorld(),
+        lambda _: 0.01,
+        still,
+        batches,
+        NoReferences().ahead([(batch, 0.5) for batch in batches]),
+        number,
+    )
 
 
 def test_a_step_learns_and_its_record_adds_up(engine):
