@@ -72,7 +72,7 @@ class RunDirectory:
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
-        for name in ("steps.jsonl", "processes.jsonl", "service", "status", "tensorboard", "export", "export.part"):
+        for name in ("steps.jsonl", "processes.jsonl", "tensorboard", "export", "export.part"):
             remove(self.path / name)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})

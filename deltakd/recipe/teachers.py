@@ -36,19 +36,31 @@ def open_service(
     front = Front(
         role.rank,
         role.num_students,
+        role.num_local_students,
         terms(inputs, launch),
         {name: facts.identity for name, facts in frozen_facts(inputs).items()},
         scratch.path,
         Welcome(role.rank, arena.path.name, arena.slot_bytes, arena.num_slots),
     )
+    failed: Callable[[], str | None] = lambda: None  # noqa: E731
+    if role.teachers_beside:  # entered before the sockets, so left after their Bye
+        post = Post(0, role.num_local_students, launch, "cuda:0")
+        alone = recipe.model_copy(update={"teachers": teachers.model_copy(update={"serves": None})})
+        failed = stack.enter_context(beside(alone, run, post))
+    if role.rank == 0:
+        _remove_former_ranks(run, role.num_students)
     service = run.path / SERVICE if teachers.network else None
     members = stack.enter_context(Members(front, teachers.silent_s, service, teachers.host))
-    failed: Callable[[], str | None] = lambda: None  # noqa: E731
-    if role.teachers_beside:
-        post = Post(0, role.num_local_students, launch, "cuda:0")
-        failed = stack.enter_context(beside(recipe, run, post))
     path = run.path / STATUS / f"student-{role.rank}.json"
     return Service(members, arena, failed, lambda status: write_json(path, status))
+
+
+def _remove_former_ranks(run: RunDirectory, num_students: int) -> None:
+    """Remove what a killed launch with more ranks left; the ranks of this one write their own files anew."""
+    for folder in (SERVICE, STATUS):
+        for path in (run.path / folder).glob("student-*.json"):
+            if int(path.stem.partition("-")[2]) >= num_students:
+                path.unlink(missing_ok=True)
 
 
 def serve(loaded: Loaded, post: Post) -> None:

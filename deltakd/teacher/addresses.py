@@ -8,6 +8,7 @@ Keys are ZeroMQ CURVE's, made anew for every student rank and launch. Without th
 
 import ipaddress
 import os
+import secrets
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -62,16 +63,19 @@ def local_addresses(scratch: Path, launch: str, num_students: int) -> list[Addre
 
 
 def remote_addresses(folder: Path) -> list[Address]:
-    """Return the student ranks whose addresses lie in a run's `service` folder."""
+    """Return the student ranks whose addresses lie in a run's `service` folder, the last written first.
+
+    Where a launch was killed its addresses stay until the next one has written its own.
+    """
     found = []
-    for path in sorted(folder.glob("student-*.json")):
+    for path in folder.glob("student-*.json"):
         try:
-            found.append(msgspec.json.decode(path.read_bytes(), type=Address))
+            found.append((path.stat().st_mtime_ns, msgspec.json.decode(path.read_bytes(), type=Address)))
         except FileNotFoundError:  # removed at this moment
             continue
         except msgspec.MsgspecError as error:
             raise RunError(f"{path}: not an address ({error}). Start the run again.") from error
-    return found
+    return [address for _, address in sorted(found, key=lambda pair: -pair[0])]
 
 
 def write_address(folder: Path, address: Address) -> Path:
@@ -131,6 +135,11 @@ class _Known:
 
     def callback(self, domain: str, key: bytes) -> bool:
         return key == self.public
+
+
+def new_identity() -> bytes:
+    """Draw the name of a socket; ZeroMQ keeps those that begin with a zero for itself."""
+    return b"t" + secrets.token_bytes(15)
 
 
 def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: Address, identity: bytes) -> "zmq.Socket[bytes]":

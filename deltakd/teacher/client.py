@@ -108,7 +108,7 @@ class ServiceReferences:
         self._free = deque(range(arena.num_slots))
         self._last_lost = ""
         self.counts: Counter[str] = Counter()
-        self._accounts = Accounts(members.num_students)
+        self._accounts = Accounts(members.num_local_students)
         deadline = time.monotonic() + settings.start_s
         while missing := [name for name in self._names if not members.serving(name)]:
             self._look(POLL_S)

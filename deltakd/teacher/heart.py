@@ -1,6 +1,5 @@
 """A teacher's heartbeat: a thread with sockets of its own, so that students hear it whatever the rank computes."""
 
-import secrets
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -8,7 +7,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from deltakd.teacher.addresses import Address, connect
+from deltakd.teacher.addresses import Address, connect, new_identity
 from deltakd.teacher.messages import Alive, encode
 
 
@@ -41,7 +40,7 @@ class Heart:
         while not self._ended.wait(self.every_s):
             while self._new:
                 address, member = self._new.pop(0)
-                sockets.append((connect(context, address, secrets.token_bytes(16)), encode(Alive(member))))
+                sockets.append((connect(context, address, new_identity()), encode(Alive(member))))
             for dealer, beat in sockets:
                 with suppress(zmq.Again):  # the student has not looked for long: it has enough of them
                     dealer.send(beat, zmq.NOBLOCK)

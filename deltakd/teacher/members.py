@@ -79,6 +79,7 @@ class Front:
 
     rank: int
     num_students: int
+    num_local_students: int
     terms: Terms
     identities: Mapping[str, str]
     scratch: Path
@@ -152,9 +153,9 @@ class Members:
         return True
 
     @property
-    def num_students(self) -> int:
-        """Student ranks of the run, which share its teachers."""
-        return self._front.num_students
+    def num_local_students(self) -> int:
+        """Student ranks of the node, which share its teachers."""
+        return self._front.num_local_students
 
     def serving(self, model: str) -> list[Member]:
         """Return who can be asked about a model now."""

@@ -6,7 +6,6 @@ slot, or into the network's buffer for a student of another node. What it is ask
 """
 
 import os
-import secrets
 import socket
 import time
 from collections import Counter
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from deltakd.base.errors import DeltaKDError, RunError, TeacherError
 from deltakd.models.forward import TokenBatch
-from deltakd.teacher.addresses import Address, connect
+from deltakd.teacher.addresses import Address, connect, new_identity
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.heart import Heart
 from deltakd.teacher.messages import (
@@ -107,10 +106,14 @@ class TeacherServer:
         for seat in self._seats.values():
             if seat.welcome and not seat.left:
                 seat.socket.send(encode(Leave()))
-            seat.socket.disable_monitor()
-            seat.monitor.close(linger=0)
-            seat.socket.close()
+            self._give_up_seat(seat)
         self._context.term()
+
+    @staticmethod
+    def _give_up_seat(seat: Seat) -> None:
+        seat.socket.disable_monitor()
+        seat.monitor.close(linger=0)
+        seat.socket.close()
 
     def stop(self) -> None:
         """Have `serve` return soon, whoever is still there; callable from another thread."""
@@ -142,9 +145,11 @@ class TeacherServer:
 
     def _look_around(self) -> None:
         """Go to students that have come since, and notice those that have gone."""
-        for address in self._find():
-            if address not in self._seats:
-                self._take_seat(address)
+        found = set(self._find())
+        for address in found - set(self._seats):
+            self._take_seat(address)
+        for address in [address for address, seat in self._seats.items() if address not in found and not seat.welcome]:
+            self._give_up_seat(self._seats.pop(address))  # of a launch that is no more
         for seat in self._seats.values():
             while seat.monitor.poll(0):
                 event = zmq.utils.monitor.recv_monitor_message(seat.monitor)["event"]
@@ -158,7 +163,7 @@ class TeacherServer:
                 seat.left, seat.arena, seat.lost_at = True, None, None
 
     def _take_seat(self, address: Address) -> None:
-        identity = secrets.token_bytes(16).replace(b"\0", b"\1")  # ZeroMQ keeps those that start with 0 for itself
+        identity = new_identity()
         dealer = connect(self._context, address, identity)
         monitor = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         seat = self._seats[address] = Seat(address, identity, dealer, monitor)

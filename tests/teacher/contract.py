@@ -74,7 +74,7 @@ def listening(folder, names=("teacher",), spec=SPEC, silent_s=20.0, settings=SET
     facts = {name: FrozenFacts("w1", hidden) for name in names}
     with make_arena(folder, 0, facts, spec, settings) as arena:
         welcome = Welcome(0, arena.path.name, arena.slot_bytes, arena.num_slots)
-        front = Front(0, 1, terms(spec), dict.fromkeys(names, "w1"), folder, welcome)
+        front = Front(0, 1, 1, terms(spec), dict.fromkeys(names, "w1"), folder, welcome)
         with Members(front, silent_s, network, "127.0.0.1") as members:
             yield members, arena, facts
 
