@@ -19,6 +19,7 @@ from deltakd.base.rundir import STATUS, RunDirectory
 from deltakd.train.records import describe
 
 EVERY_S = 1.0
+SUMS = ("open", "answers", "tokens", "busy_ms")  # what student ranks add up about one teacher
 RECENT_STEPS = 20  # over which rates are taken
 
 
@@ -60,24 +61,24 @@ def _progress(run: RunDirectory, steps: Sequence[Mapping[str, Any]]) -> Text:
 
 def _teachers(statuses: Mapping[str, Mapping[str, Any]]) -> Table:
     """One line per teacher: what all student ranks say of it, added up."""
-    table = Table("teacher", "process", "over", "models", "state", "open", "answers", "tokens", "tokens/s of work")
+    table = Table("teacher", "models", "state", "open", "answers", "tokens/s")
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for status in statuses.values():
         for teacher in status["teachers"]:
-            key = (f"{teacher['name']} on {teacher['host']}", teacher["pid"], teacher["over"])
-            row = rows.setdefault(key, {**teacher, **dict.fromkeys(("open", "answers", "tokens", "busy_ms"), 0)})
-            for name in ("open", "answers", "tokens", "busy_ms"):
+            key = (f"{teacher['name']} on {teacher['host']}", teacher["pid"])
+            row = rows.setdefault(key, {**teacher, **dict.fromkeys(SUMS, 0)})
+            for name in SUMS:
                 row[name] += teacher[name]
-    for (name, pid, over), row in sorted(rows.items()):
+    for (name, _), row in sorted(rows.items()):
         rate = f"{1000 * row['tokens'] / row['busy_ms']:,.0f}" if row["busy_ms"] else ""
-        few = (row["open"], row["answers"], row["tokens"])
-        table.add_row(name, str(pid), over, ", ".join(row["models"]), row["state"], *(f"{n:,}" for n in few), rate)
+        state = row["state"] if row["over"] == "memory" else f"{row['state']}, over the network"
+        table.add_row(name, ", ".join(row["models"]), state, f"{row['open']:,}", f"{row['answers']:,}", rate)
     return table
 
 
 def _queues(statuses: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[str, Any]], run: RunDirectory) -> Table:
     """One line per student rank: its queue, what came to it, how long it waited, and what was refused."""
-    table = Table("student", "open", "not asked", "slots kept", "MiB/s", "waiting", "asked again", "refused", "seen")
+    table = Table("student", "open", "unasked", "kept", "MiB/s", "waiting", "again", "refused", "seen")
     recent = steps[-RECENT_STEPS:]
     spent = sum(step["step_s"] for step in recent)
     for name, status in statuses.items():
@@ -85,17 +86,20 @@ def _queues(statuses: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[s
         whole = status["worked_s"] + status["waited_s"]
         refused = sum(number for key, number in counts.items() if key.startswith("refused"))
         table.add_row(
-            name,
+            name.removeprefix("student "),
             *(f"{status[key]:,}" for key in ("open", "waiting", "kept")),
             f"{counts.get('bytes', 0) / 2**20 / whole:,.1f}" if whole else "",
             f"{status['waited_s'] / whole:.1%}" if whole else "",
             f"{counts.get('asked_again', 0):,}",
             f"{refused:,}",
-            f"{status['age_s']:.0f} s ago",
+            f"-{status['age_s']:.0f} s",
         )
     rate = (
         f"{sum(step['num_tokens'] for step in recent) / spent:,.0f} tokens/s over {len(recent)} steps" if spent else ""
     )
     starts = sum(line["role"] == "teacher" for line in run.read_lines("processes.jsonl"))
-    table.caption = f"{rate}; teachers have started {starts} times"
+    table.caption = (
+        f"{rate}; teachers have started {starts} times\n"
+        "open: asked; unasked: nobody is there; kept: slots of a silent teacher; again: asked of another"
+    )
     return table

@@ -128,6 +128,7 @@ class ServiceReferences:
             while len(window) <= self._settings.look_ahead and (pair := next(upcoming, None)) is not None:
                 window.append((pair[0], self._ask(*pair)))
             if not window:
+                self._board(self.status())
                 return
             batch, requests = window.popleft()
             self._accounts.stop_work()

@@ -176,3 +176,40 @@ def test_files_folders_and_patterns_pass_if_no_file_is_both_trained_and_validate
     ignored = refused_path("data.train.path=train", "data.train.split=test")
     assert ignored == "command line: data.train.split: test, but train is local. Leave split out."
     assert "evaluation.kept.raw: x.jsonl does not exist" in refused_path("evaluation.kept.raw=x.jsonl")
+
+
+RAW = ("models.teacher_raw={weights: org/raw}", "objective.target=delta")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ("references.payload=top_k", "objective.target=taid"),
+            "references.payload: top_k, but the target of taid moves",
+        ),
+        (
+            ("references.payload=target", *RAW[:1], "objective.target={name: parallelogram, vertex: teacher}"),
+            "beside the student",
+        ),
+        (
+            ("references.payload=sampled", "objective.divergence=reverse_kl"),
+            "draws estimate forward_kl over all tokens",
+        ),
+        (("references.payload=sampled", "objective.support={top_p: 0.9}"), "not forward_kl on a support"),
+        (("teachers.serves=[[teacher], [teacher]]",), "2 lists for 1 teacher ranks"),
+        (("teachers.serves=[[techer]]",), "techer is no frozen model. Write some of"),
+        (("teachers.serves=[[teacher]]", *RAW), "student_raw is missing, and nobody serves it"),
+        (
+            (
+                "teachers.serves=[[teacher], [teacher_raw, student_raw]]",
+                "teachers.per_node=2",
+                "references.payload=target",
+                *RAW,
+            ),
+            "student_raw is missing, and payload target is formed of all of them",
+        ),
+    ],
+)
+def test_what_teachers_cannot_serve_or_send_is_refused(overrides, said):
+    assert said in refusal(overrides=overrides)
