@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -159,5 +160,5 @@ def remove_addresses(paths: Sequence[Path]) -> None:
     """Remove what `write_address` wrote, and its folder when it is empty."""
     for path in paths:
         path.unlink(missing_ok=True)
-        if path.parent.is_dir() and not any(path.parent.iterdir()):
+        with suppress(OSError):  # another rank's address is still there, or it was faster
             path.parent.rmdir()
