@@ -3,6 +3,7 @@
 import math
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 MOST_WAITING = 0.02  # of the time; teachers that keep up cost less
@@ -11,9 +12,9 @@ MOST_WAITING = 0.02  # of the time; teachers that keep up cost less
 class Accounts:
     """Seconds of work and of waiting, and the teachers' own seconds by model."""
 
-    def __init__(self, num_students: int) -> None:
-        """Start the clock; `num_students` ranks share the teachers, and are taken to ask alike."""
-        self._num_students = num_students
+    def __init__(self, num_students: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        """`num_students` ranks share the teachers, and are taken to ask alike; `clock` counts seconds."""
+        self._num_students, self._clock = num_students, clock
         self._worked_s = self._waited_s = 0.0
         self._last: float | None = None
         self._busy_s: Counter[str] = Counter()
@@ -21,14 +22,14 @@ class Accounts:
 
     def stop_work(self) -> None:
         """Mark the moment at which a payload is needed."""
-        now = time.perf_counter()
+        now = self._clock()
         if self._last is not None:
             self._worked_s += now - self._last
             self._last = now
 
     def start_work(self) -> None:
         """Mark the moment at which it is there. The first one is not counted: everybody waits for it."""
-        now = time.perf_counter()
+        now = self._clock()
         if self._last is not None:
             self._waited_s += now - self._last
         self._last = now
