@@ -28,6 +28,7 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 REPOSITORY = Path(__file__).parents[1]
+PLACEMENT = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "SLURM_")
 NAMES = ["anna", "bela", "carl", "dora", "emil", "frida", "gustav", "hanna"]
 THINGS = ["apple", "book", "cat", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]
 
@@ -65,7 +66,9 @@ class Lab:
 
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # Where this process stands, which training within it has written down, says nothing of the run's processes.
+        own = {name: value for name, value in os.environ.items() if not name.startswith(PLACEMENT)}
+        return {**own, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def command(
         self, *overrides: str, ranks: int | None = None, stage: str | None = None, port: int | None = None

@@ -59,7 +59,6 @@ def test_a_cache_gives_the_losses_of_asking_bit_for_bit_and_no_teacher_runs(lab,
     processes = lab.lines("cache_read", "processes.jsonl")
     assert [line["role"] for line in processes] == ["student"] and processes[0]["models"] == ["student"]
     # Hidden states keep the models apart: another alpha reads the same payloads.
-    assert curve(train(lab, "cache_alpha", "references.from=cache", "objective.target.alpha=0.25")) != asked
     again = verb(lab, "run=cache_again", "objective.target.alpha=0.75")
     assert ", 0 bytes to write" in again.stdout and [*(lab.folder / "runs" / "cache").iterdir()] == [folder]
 
@@ -79,8 +78,9 @@ def test_micro_batches_that_are_not_in_it_are_refused_before_the_first_step(lab,
     assert not (lab.folder / "runs" / "cache_other" / "steps.jsonl").exists()
 
 
-def test_a_flipped_byte_is_found_and_named_and_made_anew(lab, asked, written):
+def test_a_flipped_byte_is_found_and_named_and_made_anew(lab, written):
     folder, _ = written
+    good = checksums(folder)
     shard = folder / "00000.bin"
     before = shard.read_bytes()
     shard.write_bytes(before[:1000] + bytes([before[1000] ^ 1]) + before[1001:])
@@ -88,10 +88,16 @@ def test_a_flipped_byte_is_found_and_named_and_made_anew(lab, asked, written):
     assert f"{shard}: " in refused
     mended = verb(lab)
     assert mended.returncode == 0 and f"{shard}: " in mended.stderr and ", 0 bytes to write" not in mended.stdout
-    assert curve(train(lab, "cache_mended", "references.from=cache")) == asked
+    assert checksums(folder) == good
 
 
-def test_a_killed_writer_goes_on_where_it_was(lab, tmp_path, asked, written):
+def checksums(folder):
+    """Return what a cache holds: the last line about each payload counts."""
+    lines = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    return {tuple(line[:3]): line[-1] for line in lines}
+
+
+def test_a_killed_writer_goes_on_where_it_was(lab, tmp_path, written):
     """Killed with half of it written; then a line of its index is cut as well, as a kill within a write would."""
     overrides = [f"root={tmp_path}/runs"]
     writer = subprocess.Popen(
@@ -106,9 +112,7 @@ def test_a_killed_writer_goes_on_where_it_was(lab, tmp_path, asked, written):
     found[0].write_text("".join(lines[:-1]) + lines[-1][:20])
     done = verb(lab, *overrides)
     assert done.returncode == 0 and f"{len(lines) - 1} are there" in done.stdout, done.stdout + done.stderr
-    whole = [json.loads(line) for line in (written[0] / "index.jsonl").read_text().splitlines()]
-    mine = [json.loads(line) for line in found[0].read_text().splitlines()]
-    assert {(tuple(line[:3]), line[-1]) for line in mine} == {(tuple(line[:3]), line[-1]) for line in whole}
+    assert checksums(found[0].parent) == checksums(written[0])
 
 
 def test_a_cache_that_does_not_fit_is_refused_before_its_first_byte(lab, tmp_path):

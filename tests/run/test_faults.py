@@ -77,7 +77,7 @@ STEPS = 40
 
 @pytest.fixture(scope="module")
 def undisturbed(lab):
-    return curve(lab.train("undisturbed", f"train.steps={STEPS}", ranks=1))
+    return curve(lab.train("undisturbed", f"train.steps={STEPS}"))
 
 
 def same_weights(lab, one, other):
@@ -86,7 +86,7 @@ def same_weights(lab, one, other):
 
 
 def test_a_killed_teacher_comes_back_and_the_losses_do_not_change_by_a_bit(lab, undisturbed):
-    running = Running(lab, "killed", f"train.steps={STEPS}", *QUICK, ranks=1)
+    running = Running(lab, "killed", f"train.steps={STEPS}", *QUICK)
     for step in (3, 6):
         running.reaches(step)
         os.kill(running.teachers()[-1], signal.SIGKILL)
@@ -101,7 +101,7 @@ def test_a_killed_teacher_comes_back_and_the_losses_do_not_change_by_a_bit(lab, 
     assert refused.returncode == 2 and "no run has started here" in refused.stderr
 
 
-@pytest.mark.parametrize("frozen_s", [2.2, 20])
+@pytest.mark.parametrize("frozen_s", [pytest.param(2.2, marks=pytest.mark.soak), 20])
 def test_a_frozen_teacher_is_replaced_by_another_and_by_its_supervisor(lab, undisturbed, frozen_s):
     """SIGSTOP: one that wakes up finds its requests answered; one that does not is killed and started again."""
     name = f"frozen_{round(frozen_s)}"
@@ -160,7 +160,7 @@ def test_teachers_from_elsewhere_join_over_tcp_and_leave_without_harm(lab, undis
 
 
 def test_when_no_teacher_can_come_back_the_run_ends_with_one_sentence(lab):
-    running = Running(lab, "given_up", "train.steps=100000", "teachers.restarts=1", *QUICK, ranks=1)
+    running = Running(lab, "given_up", "train.steps=100000", "teachers.restarts=1", *QUICK)
     for step in (2, 4):
         running.reaches(step)
         victim = running.teachers()[-1]
