@@ -93,6 +93,7 @@ def test_a_student_s_process_holds_of_the_teachers_nothing_but_their_heads(lab):
     for source in ("service", "in_process"):
         steps = lab.train(f"memory_{source}", *overrides, "train.steps=1", f"references.from={source}")
         peak[source] = steps[-1]["memory_bytes"]
-    assert peak["in_process"] - peak["service"] > 1.8 * num_bytes
+    # With one of the two in it that is less than 1; 2 would be exact, but a kernel that reclaims takes some of either.
+    assert peak["in_process"] - peak["service"] > 1.3 * num_bytes
     student = next(line for line in lab.lines("memory_service", "processes.jsonl") if line["role"] == "student")
     assert student["models"] == ["student"] and student["heads"] == ["student_raw", "teacher", "teacher_raw"]
