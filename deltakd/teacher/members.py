@@ -45,6 +45,7 @@ from deltakd.teacher.messages import (
     encode,
 )
 
+LOOK_S = 0.1
 MOST_MEMBERS = 4096  # teachers that one student rank takes; more is a mistake or an attack
 
 
@@ -98,6 +99,7 @@ class Members:
         self._front, self._silent_s = front, silent_s
         self._members: dict[bytes, Member] = {}
         self._lost: list[Member] = []  # that have said so
+        self._looked = 0.0  # when the others were last looked after
         self._context = zmq.Context()
         self._path = local_socket(front.scratch, front.rank)
         self._path.unlink(missing_ok=True)
@@ -183,6 +185,9 @@ class Members:
         now = time.monotonic()
         while self._lost:
             yield self._lost.pop(), True
+        if now - self._looked < LOOK_S:  # asking the kernel for every process costs more than asking a teacher
+            return
+        self._looked = now
         for member in list(self._members.values()):
             if member.is_local and not is_alive(member.join.pid):
                 del self._members[member.identity]
