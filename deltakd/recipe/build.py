@@ -32,10 +32,10 @@ from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabu
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.cache import CachedReferences, cache_folder
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, make_arena
+from deltakd.teacher.client import ServiceReferences, ServiceSettings, make_arena
 from deltakd.teacher.members import Members
 from deltakd.teacher.messages import PROTOCOL, Terms
-from deltakd.teacher.payloads import Frozen, PayloadKind, PayloadSpec, choose_payload
+from deltakd.teacher.payloads import FrozenFacts, FrozenModels, PayloadKind, PayloadSpec, choose_payload
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
 from deltakd.train.loop import TrainParts
 from deltakd.train.schedule import schedule
@@ -115,7 +115,7 @@ def read_examples(recipe: Recipe, tokenizer: Any, progress: bool) -> ExampleSet:
     return drop_validation(train, build_examples(recipe.data, recipe.data.validation, tokenizer, cache, progress))
 
 
-def build_frozen(inputs: Inputs, device: str, names: frozenset[str]) -> Frozen:
+def build_frozen(inputs: Inputs, device: str, names: frozenset[str]) -> FrozenModels:
     """Load some of a run's frozen models; roles that share their weights share one model."""
     loaded: dict[str, nn.Module] = {}
     served = {}
@@ -127,7 +127,7 @@ def build_frozen(inputs: Inputs, device: str, names: frozenset[str]) -> Frozen:
             model = load_model(key, Path(facts_.weights), inputs.recipe.models)
             loaded[facts_.identity] = model.requires_grad_(False).to(device)
         served[role] = loaded[facts_.identity]
-    return Frozen(served, inputs.spec, objective(inputs.recipe.objective), inputs.recipe.seed)
+    return FrozenModels(served, inputs.spec, objective(inputs.recipe.objective), inputs.recipe.seed)
 
 
 def terms(inputs: Inputs, launch: str) -> Terms:
@@ -142,13 +142,12 @@ def terms(inputs: Inputs, launch: str) -> Terms:
 
 @dataclass(frozen=True)
 class Service:
-    """What a student rank's references are asked through: its teachers, its slots, why no teacher can come back, and
-    where its status is shown."""
+    """What a student rank's references are asked through."""
 
     members: Members
     arena: Arena
-    failed: Callable[[], str | None]
-    board: Callable[[Mapping[str, Any]], None]
+    failed: Callable[[], str | None]  # why no teacher of this node can come back
+    board: Callable[[Mapping[str, Any]], None]  # where the status is shown
 
 
 def build_arena(inputs: Inputs, role: Role, scratch: Path) -> Arena:

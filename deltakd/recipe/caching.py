@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
-from deltakd.base.errors import RunError
+from deltakd.base.errors import RunError, TeacherError
 from deltakd.base.processes import use_threads
 from deltakd.base.ranks import Placement, assign_role
 from deltakd.data.packing import PackedBatch
@@ -28,9 +29,8 @@ from deltakd.recipe.build import (
 from deltakd.recipe.checks import check_paths, check_recipe
 from deltakd.recipe.load import load
 from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key
-from deltakd.teacher.messages import batch_digest
-from deltakd.teacher.payloads import count_bad
-from deltakd.teacher.references import asked_names, batch_bytes
+from deltakd.teacher.payloads import hidden_size
+from deltakd.teacher.references import asked_names
 
 Asked = tuple[Key, PackedBatch, float, int]  # a payload's key, its batch, the target's alpha, its size in bytes
 
@@ -38,7 +38,7 @@ Asked = tuple[Key, PackedBatch, float, int]  # a payload's key, its batch, the t
 def cache(name: str, overrides: Sequence[str], stage: str | None, num_students: int) -> None:
     """Write every payload of a recipe's training that is not there yet, after saying how much that is.
 
-    Raises RunError if the disk cannot hold it, or if a number is not finite.
+    Raises RunError if the disk cannot hold it, TeacherError if a number is not finite.
     """
     loaded = load(name, overrides, stage)
     recipe = loaded.recipe
@@ -80,33 +80,27 @@ def _asked(inputs: Inputs, num_students: int) -> Iterator[Asked]:
         role = assign_role(Placement(rank, num_students, rank, num_students), 0)
         for batch, alpha in planned(recipe, build_stream(recipe, examples, role).steps()):
             for name in asked_names(spec, facts) if batch.num_supervised else []:
-                hidden_size = facts[name].hidden_size if name in facts else 0
-                size = spec.num_bytes(batch.num_supervised, hidden_size)
+                size = spec.num_bytes(batch.num_supervised, hidden_size(name, facts))
                 yield record_key(name, batch, alpha, spec), batch, alpha, size
 
 
 def _write(inputs: Inputs, writer: CacheWriter, missing: dict[Key, int], asked: Iterator[Asked]) -> None:
-    device, spec = device_name(0), inputs.spec
+    device = device_name(0)
     frozen = build_frozen(inputs, device, frozenset(inputs.frozen))
     console = Console(stderr=True)
     columns = (TextColumn("payloads"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("payloads", total=len(missing))
-        for key, batch, alpha, size in asked:
+        for key, batch, alpha, _ in asked:
             if missing.pop(key, None) is None:
                 continue
             bar.advance(task)
-            name = key[0]
-            arrays = frozen.payload(name, batch.to(device), alpha, batch_digest(*batch_bytes(batch)))
-            bad, whole = count_bad(arrays, spec)
-            if bad:
-                raise RunError(
-                    f"{name}: {bad:,} of {whole:,} numbers are not finite in {spec.dtype}. "
-                    "Write references.dtype=float32, or look at the model."
-                )
-            data = torch.zeros(size, dtype=torch.uint8)
-            for place, array in zip(
-                spec.split(data, batch.num_supervised, frozen.hidden_size(name)), arrays, strict=True
-            ):
-                place.copy_(array)
-            writer.write(key, data)
+            name, digest, _ = key
+            try:
+                writer.write(key, frozen.fill(name, batch.to(device), alpha, bytes.fromhex(digest), _zeros))
+            except TeacherError as error:
+                raise TeacherError(f"{name}: {error}") from error
+
+
+def _zeros(num_bytes: int) -> Tensor:
+    return torch.zeros(num_bytes, dtype=torch.uint8)  # so that the gaps between arrays have one checksum

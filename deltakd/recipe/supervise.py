@@ -66,7 +66,7 @@ def _supervisor(recipe: Recipe, run: RunDirectory, post: Post, wanted: Callable[
     write_text(written, dump_recipe(recipe))
     command = [sys.executable, "-m", "deltakd", "serve", str(written), "--index", str(post.index)]
     command += ["--students", str(post.num_students), "--device", post.device, "--log", str(log)]
-    command += [*(["--launch", post.launch] if post.launch else []), *(["--run", post.run] if post.run else [])]
+    command += ["--launch", post.launch] if post.launch else []
     teachers = recipe.teachers
 
     def say(text: str) -> None:

@@ -42,7 +42,7 @@ def open_service(
         scratch.path,
         Welcome(role.rank, arena.path.name, arena.slot_bytes, arena.num_slots),
     )
-    failed: Callable[[], str | None] = lambda: None  # noqa: E731
+    failed: Callable[[], str | None] = _others_will_say
     if role.teachers_beside:  # entered before the sockets, so left after their Bye
         post = Post(0, role.num_local_students, launch, "cuda:0")
         alone = recipe.model_copy(update={"teachers": teachers.model_copy(update={"serves": None})})
@@ -53,6 +53,11 @@ def open_service(
     members = stack.enter_context(Members(front, teachers.silent_s, service, teachers.host))
     path = run.path / STATUS / f"student-{role.rank}.json"
     return Service(members, arena, failed, lambda status: write_json(path, status))
+
+
+def _others_will_say() -> str | None:
+    """Say nothing of teachers that a launcher has started: it ends the run if they cannot."""
+    return None
 
 
 def _remove_former_ranks(run: RunDirectory, num_students: int) -> None:

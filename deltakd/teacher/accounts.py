@@ -17,7 +17,7 @@ class Accounts:
         self._num_students, self._clock = num_students, clock
         self._worked_s = self._waited_s = 0.0
         self._last: float | None = None
-        self._busy_s: Counter[str] = Counter()
+        self._busy_s: dict[str, float] = {}
         self._of: dict[bytes, Counter[str]] = {}
 
     def stop_work(self) -> None:
@@ -36,7 +36,7 @@ class Accounts:
 
     def add(self, teacher: bytes, model: str, num_tokens: int, forward_s: float) -> None:
         """Note one answer."""
-        self._busy_s[model] += forward_s  # type: ignore[assignment]
+        self._busy_s[model] = self._busy_s.get(model, 0.0) + forward_s
         of_teacher = self._of.setdefault(teacher, Counter())
         of_teacher["answers"] += 1
         of_teacher["tokens"] += num_tokens

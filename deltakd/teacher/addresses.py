@@ -10,7 +10,6 @@ import ipaddress
 import os
 import secrets
 import socket
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,9 +155,8 @@ def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: Address, identit
     return dealer
 
 
-def remove_addresses(paths: Sequence[Path]) -> None:
+def remove_address(path: Path) -> None:
     """Remove what `write_address` wrote, and its folder when it is empty."""
-    for path in paths:
-        path.unlink(missing_ok=True)
-        with suppress(OSError):  # another rank's address is still there, or it was faster
-            path.parent.rmdir()
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # another rank's address is still there, or it was faster
+        path.parent.rmdir()

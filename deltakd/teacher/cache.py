@@ -25,9 +25,8 @@ from deltakd.base.errors import RunError, TeacherError
 from deltakd.base.rundir import write_json
 from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
-from deltakd.teacher.client import FrozenFacts
 from deltakd.teacher.messages import Terms, batch_digest
-from deltakd.teacher.payloads import PayloadSpec, read_payload
+from deltakd.teacher.payloads import FrozenFacts, PayloadSpec, hidden_size, unpack_payload
 from deltakd.teacher.references import B, NeverShort, Payloads, asked_names, batch_bytes
 
 SHARD_BYTES = 2**30
@@ -198,6 +197,5 @@ class CachedReferences(NeverShort):
 
     def _read(self, name: str, batch: Batch, alpha: float) -> Reference:
         data = read_record(self._folder, self._find(name, batch, alpha))
-        hidden_size = self._models[name].hidden_size if name in self._models else 0
-        arrays = [part.to(self._device) for part in self._spec.split(data, len(batch.supervised), hidden_size)]
-        return read_payload(arrays, self._spec, self._heads.get(name))
+        width = hidden_size(name, self._models)
+        return unpack_payload(data, self._spec, len(batch.supervised), width, self._heads.get(name), self._device)

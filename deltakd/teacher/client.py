@@ -8,7 +8,7 @@ slots until it has answered or is dead.
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -23,20 +23,12 @@ from deltakd.models.forward import Batch
 from deltakd.teacher.accounts import Accounts
 from deltakd.teacher.arena import Arena, slot_bytes_for
 from deltakd.teacher.members import Member, Members
-from deltakd.teacher.messages import Failed, Score, Scored, batch_digest
-from deltakd.teacher.payloads import PayloadSpec, read_payload
+from deltakd.teacher.messages import Failed, Score, Scored, ask_again, batch_digest
+from deltakd.teacher.payloads import FrozenFacts, PayloadSpec, hidden_size, unpack_payload
 from deltakd.teacher.references import B, Payloads, asked_names, batch_bytes
 
 POLL_S = 0.1
 BOARD_S = 1.0
-
-
-@dataclass(frozen=True)
-class FrozenFacts:
-    """What a student knows of a frozen model that others hold."""
-
-    identity: str
-    hidden_size: int
 
 
 @dataclass
@@ -70,10 +62,9 @@ def make_arena(
     cannot hold them.
     """
     names = asked_names(spec, models)
-    widths = [models[name].hidden_size if name in models else 0 for name in names]
-    slot_bytes = slot_bytes_for(max(spec.num_bytes(settings.max_tokens, width) for width in widths))
+    most = max(spec.num_bytes(settings.max_tokens, hidden_size(name, models)) for name in names)
     num_slots = (settings.look_ahead + 2) * len(names)
-    return Arena(scratch / f"arena-{student_rank}", slot_bytes, num_slots, owner=True)
+    return Arena(scratch / f"arena-{student_rank}", slot_bytes_for(most), num_slots, owner=True)
 
 
 class ServiceReferences:
@@ -180,7 +171,7 @@ class ServiceReferences:
         candidates = sorted(self._members.serving(request.score.model), key=lambda member: load[member.identity])
         for member in candidates if self._free else []:
             slot, number = self._free[0], next(self._ids)
-            score = Score(number, request.score.model, slot, *_tail(request.score))
+            score = ask_again(request.score, number, slot)
             if self._members.send(member, score):
                 self._free.popleft()
                 request.score, request.member, request.since = score, member, time.monotonic()
@@ -227,8 +218,8 @@ class ServiceReferences:
             return
         where = f"{member.name}: {request.score.model} (request {message.request})"
         if isinstance(message, Failed):
-            raise TeacherError(f"{where}: {message.reason}. Write references.dtype=float32, or look at the model.")
-        expected = self._spec.num_bytes(request.num_supervised, self._hidden_size(request))
+            raise TeacherError(f"{where}: {message.reason}")
+        expected = self._num_bytes(request)
         came = len(data) if data is not None else message.num_bytes if member.is_local else 0
         if (message.slot, message.num_bytes, came, message.digest) != (
             request.score.slot,
@@ -272,17 +263,11 @@ class ServiceReferences:
         counts = dict(self.counts + self._members.counts)
         return {"teachers": teachers, **queue, "counts": counts, **self._accounts.shares()}
 
-    def _hidden_size(self, request: Request) -> int:
-        facts = self._models.get(request.score.model)
-        return facts.hidden_size if facts else 0
+    def _num_bytes(self, request: Request) -> int:
+        return self._spec.num_bytes(request.num_supervised, hidden_size(request.score.model, self._models))
 
     def _read(self, request: Request) -> Reference:
-        hidden_size = self._hidden_size(request)
-        data = self._arena.slot(request.score.slot, self._spec.num_bytes(request.num_supervised, hidden_size))
-        arrays = [array.to(self._device) for array in self._spec.split(data, request.num_supervised, hidden_size)]
-        return read_payload(arrays, self._spec, self._heads.get(request.score.model))
-
-
-def _tail(score: Score) -> Sequence[Any]:
-    """Return what stays of a request when it is asked again."""
-    return score.alpha, score.tokens, score.starts, score.supervised, score.digest
+        name, num_tokens = request.score.model, request.num_supervised
+        data = self._arena.slot(request.score.slot, self._num_bytes(request))
+        width = hidden_size(name, self._models)
+        return unpack_payload(data, self._spec, num_tokens, width, self._heads.get(name), self._device)

@@ -25,7 +25,7 @@ from deltakd.teacher.addresses import (
     local_socket,
     make_keys,
     own_host,
-    remove_addresses,
+    remove_address,
     write_address,
 )
 from deltakd.teacher.messages import (
@@ -107,7 +107,7 @@ class Members:
         self._local.maxmsgsize = MAX_MESSAGE_BYTES
         self._local.bind(f"ipc://{self._path}")
         self._sockets: list[Any] = [self._local]
-        self._written: list[Path] = []
+        self._written: Path | None = None
         self._guard: ThreadAuthenticator | None = None
         if service is not None:
             self._listen_on_network(service, host)
@@ -128,7 +128,7 @@ class Members:
         endpoint = f"tcp://{host or own_host()}:{port}"
         pair = (keys.teacher_public.decode(), keys.teacher_secret.decode())
         address = Address(endpoint, front.rank, front.num_students, front.terms.launch, keys.public.decode(), *pair)
-        self._written.append(write_address(service, address))
+        self._written = write_address(service, address)
 
     def __enter__(self) -> "Members":
         return self
@@ -144,7 +144,8 @@ class Members:
             self._guard.stop()
         self._context.term()
         self._path.unlink(missing_ok=True)
-        remove_addresses(self._written)
+        if self._written is not None:
+            remove_address(self._written)
 
     def send(self, member: Member, message: Score | Bye | Welcome | Refused) -> bool:
         """Send to one teacher; False if it is not there any more."""

@@ -139,6 +139,11 @@ def batch_digest(tokens: bytes, starts: bytes, supervised: bytes) -> bytes:
     return digest.digest()
 
 
+def ask_again(score: Score, request: int, slot: int) -> Score:
+    """Return a request under another number, for another slot."""
+    return msgspec.structs.replace(score, request=request, slot=slot)
+
+
 def differences(theirs: Terms, ours: Terms) -> list[str]:
     """Name every term in which a teacher differs from its student, with both values."""
     fields = ((name, getattr(theirs, name), getattr(ours, name)) for name in Terms.__struct_fields__)

@@ -10,13 +10,14 @@ Shapes: N supervised positions of a batch, V shared vocabulary, H hidden size, k
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from deltakd.base.errors import TeacherError
 from deltakd.losses.frozen import TARGET, Reference
 from deltakd.losses.objectives import Objective
 from deltakd.losses.points import Sampled, TopK, mix
@@ -59,10 +60,6 @@ class PayloadSpec:
             return [(self.size, torch.int32)]
         return [(hidden_size if self.kind == "hidden" else self.vocab_size, precision)]
 
-    def bytes_per_token(self, hidden_size: int) -> int:
-        """Bytes per supervised token."""
-        return sum(width * dtype.itemsize for width, dtype in self.fields(hidden_size))
-
     def num_bytes(self, num_tokens: int, hidden_size: int) -> int:
         """Bytes of a payload of `num_tokens` tokens, the gaps between its arrays included."""
         return sum(_aligned(num_tokens * width * dtype.itemsize) for width, dtype in self.fields(hidden_size))
@@ -77,15 +74,28 @@ class PayloadSpec:
         return arrays
 
 
+@dataclass(frozen=True)
+class FrozenFacts:
+    """What a student knows of a frozen model that others hold."""
+
+    identity: str
+    hidden_size: int
+
+
+def hidden_size(name: str, models: Mapping[str, FrozenFacts]) -> int:
+    """Return the width of a model's hidden states; 0 for the target, which has none."""
+    return 0 if name == TARGET else models[name].hidden_size
+
+
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGN) * _ALIGN
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenModels:
     """The frozen models of a process, and how a payload is formed from them."""
 
-    models: Mapping[str, nn.Module]
+    models: Mapping[str, Any]
     spec: PayloadSpec
     objective: Objective
     seed: int = 0
@@ -96,18 +106,37 @@ class Frozen:
 
     def num_tokens(self) -> int:
         """Return the smallest number of tokens that a model of this process embeds."""
-        return min(len(model.get_input_embeddings().weight) for model in self.models.values())  # type: ignore[operator]
+        return min(len(model.get_input_embeddings().weight) for model in self.models.values())
 
     def serves(self, name: str) -> bool:
         """Tell whether a payload of this name can be formed here."""
         return self.objective.needs <= set(self.models) if name == TARGET else name in self.models
 
-    @torch.inference_mode()
     def payload(self, name: str, batch: Batch, alpha: float, digest: bytes) -> list[Tensor]:
         """Return the arrays [N, width] of one model, or of the `target` at `alpha`.
 
-        A value that the precision cannot hold becomes inf here; `count_bad` finds it.
+        Raises TeacherError if the precision cannot hold a number, or if one is none.
         """
+        arrays = self._form(name, batch, alpha, digest)
+        bad, whole = count_bad(arrays, self.spec)
+        if bad:
+            raise TeacherError(
+                f"{bad:,} of {whole:,} numbers are not finite in {self.spec.dtype}. "
+                "Write references.dtype=float32, or look at the model."
+            )
+        return arrays
+
+    def fill(self, name: str, batch: Batch, alpha: float, digest: bytes, place: Callable[[int], Tensor]) -> Tensor:
+        """Form a payload in the bytes that `place` gives for their number, and return them."""
+        arrays = self.payload(name, batch, alpha, digest)
+        num_tokens, width = len(batch.supervised), self.hidden_size(name)
+        data = place(self.spec.num_bytes(num_tokens, width))
+        for part, array in zip(self.spec.split(data, num_tokens, width), arrays, strict=True):
+            part.copy_(array)
+        return data
+
+    @torch.inference_mode()
+    def _form(self, name: str, batch: Batch, alpha: float, digest: bytes) -> list[Tensor]:
         precision = getattr(torch, self.spec.dtype)
         if name != TARGET:
             hidden_NH = supervised_hidden(self.models[name], batch, self.spec.layout)
@@ -151,6 +180,13 @@ def read_payload(arrays: list[Tensor], spec: PayloadSpec, head: Tensor | None) -
     if spec.kind == "sampled":
         return Sampled(arrays[0].long())
     return arrays[0] if head is None else (arrays[0], head)
+
+
+def unpack_payload(
+    data: Tensor, spec: PayloadSpec, num_tokens: int, width: int, head: Tensor | None, device: str
+) -> Reference:
+    """Return a payload that lies in some bytes, as the loss reads it on a device; `width` is the hidden size."""
+    return read_payload([array.to(device) for array in spec.split(data, num_tokens, width)], spec, head)
 
 
 def count_bad(arrays: list[Tensor], spec: PayloadSpec) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from deltakd.base.errors import TeacherError
 from deltakd.losses.frozen import TARGET, Reference
 from deltakd.models.forward import Batch
 from deltakd.teacher.messages import batch_digest
-from deltakd.teacher.payloads import Frozen, PayloadSpec, count_bad, read_payload
+from deltakd.teacher.payloads import FrozenModels, PayloadSpec, read_payload
 
 B = TypeVar("B", bound=Batch)
 
@@ -49,7 +49,7 @@ class NoReferences(NeverShort):
 class InProcessReferences(NeverShort):
     """Frozen models beside the student, in its own process: for comparison, and where memory is no question."""
 
-    def __init__(self, frozen: Frozen, heads: Mapping[str, Tensor]) -> None:
+    def __init__(self, frozen: FrozenModels, heads: Mapping[str, Tensor]) -> None:
         self._frozen = frozen
         self._heads = heads
 
@@ -59,15 +59,11 @@ class InProcessReferences(NeverShort):
             yield batch, {name: self._ask(name, batch, alpha) for name in names} if len(batch.supervised) else {}
 
     def _ask(self, name: str, batch: Batch, alpha: float) -> Reference:
-        spec = self._frozen.spec
-        arrays = self._frozen.payload(name, batch, alpha, batch_digest(*batch_bytes(batch)))
-        bad, whole = count_bad(arrays, spec)
-        if bad:
-            raise TeacherError(
-                f"{name}, in process: {bad:,} of {whole:,} numbers are not finite in {spec.dtype}. "
-                "Write references.dtype=float32, or look at the model."
-            )
-        return read_payload(arrays, spec, self._heads.get(name))
+        try:
+            arrays = self._frozen.payload(name, batch, alpha, batch_digest(*batch_bytes(batch)))
+        except TeacherError as error:
+            raise TeacherError(f"{name}, in process: {error}") from error
+        return read_payload(arrays, self._frozen.spec, self._heads.get(name))
 
 
 def asked_names(spec: PayloadSpec, models: Iterable[str]) -> list[str]:

@@ -7,6 +7,7 @@ slot, or into the network's buffer for a student of another node. What it is ask
 
 import os
 import socket
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +41,7 @@ from deltakd.teacher.messages import (
     decode,
     encode,
 )
-from deltakd.teacher.payloads import Frozen, count_bad
+from deltakd.teacher.payloads import FrozenModels
 
 POLL_MS = 200
 
@@ -49,7 +50,7 @@ POLL_MS = 200
 class Offer:
     """What a teacher rank brings: its models with the identity of their weights, and on which terms."""
 
-    frozen: Frozen
+    frozen: FrozenModels
     identities: Mapping[str, str]
     terms: Terms
     name: str
@@ -92,7 +93,7 @@ class TeacherServer:
         self._silent_s = silent_s
         self._context = zmq.Context()
         self._seats: dict[Address, Seat] = {}
-        self._stopped = False
+        self._stopped = threading.Event()
         self._heart = Heart(heartbeat_s, pulse)
 
     def __enter__(self) -> "TeacherServer":
@@ -117,7 +118,7 @@ class TeacherServer:
 
     def stop(self) -> None:
         """Have `serve` return soon, whoever is still there; callable from another thread."""
-        self._stopped = True
+        self._stopped.set()
 
     def serve(self, start_s: float, on_first: Callable[[], None]) -> None:
         """Answer until all student ranks that were found have left; `on_first` is called at the first Welcome.
@@ -126,7 +127,7 @@ class TeacherServer:
         """
         self._on_first = on_first
         deadline = time.monotonic() + start_s
-        while not self._stopped and not self._all_left():
+        while not self._stopped.is_set() and not self._all_left():
             self._look_around()
             idle = not self._answer_all() and not any(seat.welcome for seat in self._seats.values())
             if idle and time.monotonic() > deadline:
@@ -182,7 +183,7 @@ class TeacherServer:
             if not seat.left:
                 poller.register(seat.socket, zmq.POLLIN)
         if not poller.sockets:
-            time.sleep(POLL_MS / 1000)
+            self._stopped.wait(POLL_MS / 1000)
             return False
         ready = dict(poller.poll(POLL_MS))
         for seat in self._seats.values():
@@ -250,22 +251,15 @@ class TeacherServer:
         """Form a payload in the slot that the request names, or in memory of its own for another node."""
         frozen = self._offer.frozen
         if not frozen.serves(score.model):
-            raise TeacherError(f"{score.model} is not served here")
+            raise TeacherError(f"{score.model} is not served here. Start both from one recipe.")
         batch = read_batch(score, frozen.num_tokens(), self._device)
         digest = batch_digest(score.tokens, score.starts, score.supervised)
-        arrays = frozen.payload(score.model, batch, score.alpha, digest)
-        bad, whole = count_bad(arrays, frozen.spec)
-        if bad:
-            raise TeacherError(f"{bad:,} of {whole:,} numbers are not finite in {frozen.spec.dtype}")
-        num_tokens, hidden_size = len(batch.supervised), frozen.hidden_size(score.model)
-        num_bytes = frozen.spec.num_bytes(num_tokens, hidden_size)
-        if seat.arena is not None:
-            data = seat.arena.slot(score.slot, num_bytes)
-        else:
-            data = torch.empty(num_bytes, dtype=torch.uint8)
-        for place, array in zip(frozen.spec.split(data, num_tokens, hidden_size), arrays, strict=True):
-            place.copy_(array)
-        return data, batch, digest
+        arena = seat.arena
+
+        def place(num_bytes: int) -> Tensor:
+            return torch.empty(num_bytes, dtype=torch.uint8) if arena is None else arena.slot(score.slot, num_bytes)
+
+        return frozen.fill(score.model, batch, score.alpha, digest, place), batch, digest
 
 
 def read_batch(score: Score, num_tokens: int, device: str) -> TokenBatch:
@@ -277,7 +271,7 @@ def read_batch(score: Score, num_tokens: int, device: str) -> TokenBatch:
 
     def tensor(data: bytes) -> Tensor:
         if len(data) % 8:
-            raise TeacherError(f"{len(data)} bytes are no whole number of tokens")
+            raise TeacherError(f"{len(data)} bytes are no whole number of tokens. Start both from one version.")
         return torch.from_numpy(np.frombuffer(data, dtype="<i8").copy())
 
     tokens, starts, supervised = tensor(score.tokens), tensor(score.starts), tensor(score.supervised)
@@ -285,6 +279,6 @@ def read_batch(score: Score, num_tokens: int, device: str) -> TokenBatch:
     well_cut = len(starts) > 1 and int(starts[0]) == 0 and int(starts[-1]) == len(tokens) and bool((lengths > 0).all())
     inside = len(supervised) > 0 and int(supervised.min()) >= 0 and int(supervised.max()) < len(tokens)
     if not well_cut or not inside or int(tokens.min()) < 0 or int(tokens.max()) >= num_tokens:
-        raise TeacherError("starts, positions or tokens are not those of a packed batch")
+        raise TeacherError("starts, positions or tokens are not those of a packed batch. Start both from one version.")
     positions = torch.arange(len(tokens)) - torch.repeat_interleave(starts[:-1], lengths)
     return TokenBatch(*(part.to(device) for part in (tokens, positions, starts, supervised)))

@@ -13,10 +13,10 @@ from deltakd.data.packing import pack
 from deltakd.losses import objective
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 from deltakd.teacher.addresses import connect, local_addresses, remote_addresses
-from deltakd.teacher.client import FrozenFacts, ServiceReferences, ServiceSettings, make_arena
+from deltakd.teacher.client import ServiceReferences, ServiceSettings, make_arena
 from deltakd.teacher.members import Front, Members
 from deltakd.teacher.messages import PROTOCOL, Join, Terms, Welcome
-from deltakd.teacher.payloads import Frozen, PayloadSpec
+from deltakd.teacher.payloads import FrozenFacts, FrozenModels, PayloadSpec
 from deltakd.teacher.server import Offer, TeacherServer
 
 FLOAT32 = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
@@ -42,7 +42,7 @@ def terms(spec=SPEC, launch="test", tokenizer="fingerprint", wanted=""):
 @contextmanager
 def serving(folder, models, spec=SPEC, name="0", network=None, **changes):
     """A teacher rank in a thread of this process: its sockets and its arena are the real ones."""
-    frozen = Frozen(models, spec, objective(DELTA), seed=7)
+    frozen = FrozenModels(models, spec, objective(DELTA), seed=7)
     offer = Offer(frozen, dict.fromkeys(models, "w1"), changes.pop("terms", terms(spec)), name)
     find = (lambda: remote_addresses(network)) if network else (lambda: local_addresses(folder, "test", 1))
     with TeacherServer(offer, find, None if network else folder, heartbeat_s=0.05, **changes) as server:

@@ -28,7 +28,7 @@ from deltakd.teacher.messages import (
     decode,
     encode,
 )
-from deltakd.teacher.payloads import Frozen, PayloadSpec
+from deltakd.teacher.payloads import FrozenModels, PayloadSpec
 from deltakd.teacher.references import InProcessReferences
 from deltakd.teacher.server import Offer, TeacherServer, read_batch
 from tests.teacher.contract import (
@@ -53,7 +53,7 @@ def test_answers_arrive_in_order_and_equal_those_in_process_bit_for_bit(tmp_path
     spec = PayloadSpec(kind, "float32", "packed", 300, {"top_k": 8, "sampled": 5}.get(kind, 0))
     served = {"teacher": models["teacher"]} if spec.keeps_models_apart else models
     asked = [*batches(3), (blank_batch(), 0.5), *batches(3, alpha=0.25)]
-    here = InProcessReferences(Frozen(served, spec, objective(DELTA), seed=7), {}).ahead(asked)
+    here = InProcessReferences(FrozenModels(served, spec, objective(DELTA), seed=7), {}).ahead(asked)
     service = tmp_path / "service" if network else None
     with ExitStack() as stack:
         for index in range(teachers):
@@ -85,7 +85,7 @@ def test_the_whole_target_gives_the_loss_that_its_models_give_apart(models):
     heads = {name: model.get_output_embeddings().weight[:300].detach() for name, model in models.items()}
     totals = {}
     for kind in ("hidden", "target"):
-        frozen = Frozen(models, PayloadSpec(kind, "float32", "packed", 300), objective(DELTA))
+        frozen = FrozenModels(models, PayloadSpec(kind, "float32", "packed", 300), objective(DELTA))
         source = InProcessReferences(frozen, heads if kind == "hidden" else {})
         for alpha in (0.5, 0.25):
             ((_, payloads),) = source.ahead([(batch, alpha)])
@@ -338,7 +338,7 @@ def test_a_teacher_of_several_models_answers_with_the_one_that_was_asked(tmp_pat
     with serving(tmp_path, pair), references(tmp_path, tuple(pair)) as service:
         _, payloads = next(service.ahead([(batch, alpha)]))
         for name, model in pair.items():
-            (own,) = Frozen({name: model}, SPEC, objective(DELTA)).payload(name, batch, alpha, b"")
+            (own,) = FrozenModels({name: model}, SPEC, objective(DELTA)).payload(name, batch, alpha, b"")
             assert payloads[name].equal(own)
     assert not payloads["teacher"].equal(payloads["teacher_raw"])
 
@@ -353,7 +353,7 @@ def test_models_on_ranks_of_their_own_answer_together(tmp_path, models):
 
 
 def test_a_teacher_to_which_no_student_comes_does_not_wait_for_ever(tmp_path, models):
-    frozen = Frozen({"teacher": models["teacher"]}, SPEC, objective(DELTA))
+    frozen = FrozenModels({"teacher": models["teacher"]}, SPEC, objective(DELTA))
     with TeacherServer(Offer(frozen, {"teacher": "w1"}, terms(), "0"), lambda: [], tmp_path) as server:
         with pytest.raises(TeacherError, match=r"no student has come for 0\.1 s"):
             server.serve(0.1, lambda: None)
@@ -390,4 +390,3 @@ def test_arrays_of_a_payload_lie_side_by_side_in_a_slot_and_none_reaches_into_an
         for index, array in enumerate(spec.split(data, num_tokens, 5)):
             array.fill_(index + 1)
         assert all((array == index + 1).all() for index, array in enumerate(spec.split(data, num_tokens, 5)))
-        assert spec.num_bytes(num_tokens, 5) >= num_tokens * spec.bytes_per_token(5)
