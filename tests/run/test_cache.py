@@ -3,16 +3,12 @@
 import json
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
 
-LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
-
-
-def curve(steps):
-    return [[step[name] for name in LOSSES] for step in steps]
-
+from tests.run.running import curve
 
 SINGLE = "engine={name: single}"  # what is read does not depend on the engine, and this one starts at once
 
@@ -33,8 +29,6 @@ def verb(lab, *words):
 
 
 def deltakd(*words):
-    import sys
-
     return [sys.executable, "-m", "deltakd", *words]
 
 

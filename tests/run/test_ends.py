@@ -2,23 +2,17 @@
 
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.run.running import Running, cmdline, wait_until
+
 DEADLINE_S = 60  # far beyond the 10 s that users are told, since the machine of a test may be busy
 REPOSITORY = Path(__file__).parents[2]
 SHARED = Path("/dev/shm")
-
-
-def wait_until(condition, what: str) -> None:
-    end = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.05)
 
 
 def shared_folders(pids: list[int]) -> set[Path]:
@@ -28,33 +22,21 @@ def shared_folders(pids: list[int]) -> set[Path]:
     return {path if path.parent == SHARED else path.parent for path in named}
 
 
-class Running:
-    """A long run in the background with everything that belongs to it."""
+class LongRun(Running):
+    """A run without end, past its first step, with everything that belongs to it."""
 
     def __init__(self, lab, name: str, ranks: int | None, *overrides: str) -> None:
-        self.directory = lab.folder / "runs" / name
-        self.log = lab.folder / f"{name}.log"
-        command = lab.command(f"run={name}", "train.steps=100000", *overrides, ranks=ranks)
-        with self.log.open("wb") as output:
-            self.launcher = subprocess.Popen(
-                command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
-            )
-        steps = self.directory / "steps.jsonl"
-        wait_until(
-            lambda: (steps.exists() and steps.stat().st_size) or self.launcher.poll() is not None, "a first step"
-        )
-        assert self.launcher.poll() is None, self.log.read_text()[-3000:]
-        self.processes = [
-            psutil.Process(self.launcher.pid),
-            *psutil.Process(self.launcher.pid).children(recursive=True),
-        ]
-        self.by_role = {(line["role"], line["rank"]): line["pid"] for line in lab.lines(f"{name}", "processes.jsonl")}
+        super().__init__(lab, name, "train.steps=100000", *overrides, ranks=ranks)
+        self.reaches(1)
+        launcher = psutil.Process(self.launcher.pid)
+        self.processes = [launcher, *launcher.children(recursive=True)]
+        self.by_role = {(line["role"], line["rank"]): line["pid"] for line in self.lines("processes.jsonl")}
         self.shared = shared_folders(list(self.by_role.values()))
         assert any(path.is_dir() for path in self.shared)
 
     def ends_clean(self) -> None:
         _, alive = psutil.wait_procs(self.processes, timeout=DEADLINE_S)
-        assert not alive, [process.cmdline() for process in alive]
+        assert not alive, [cmdline(process) for process in alive]
         wait_until(lambda: not any(path.exists() for path in self.shared), "an empty /dev/shm")
         assert not (self.directory / "export").exists() and not (self.directory / "finished.json").exists()
 
@@ -74,7 +56,7 @@ class Running:
 )
 def test_killing_any_process_ends_all(lab, ranks, victim):
     final = ["teachers.restarts=0", "teachers.give_up_s=2"] if victim == "teacher" else []
-    running = Running(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks, *final)
+    running = LongRun(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks, *final)
     try:
         pid = {
             "launcher": running.launcher.pid,
@@ -87,8 +69,8 @@ def test_killing_any_process_ends_all(lab, ranks, victim):
         running.ends_clean()
         if victim == "teacher":
             assert running.processes[0].returncode == 2  # psutil has waited for it already
-            said = [line for line in running.log.read_text().splitlines() if line.startswith("deltakd: ")]
-            assert len(said) == 1 and "teacher 0" in said[0] and "Look at its log" in said[0], said
+            (said,) = running.said()
+            assert "teacher 0" in said and "Look at its log" in said, said
     finally:
         for process in running.processes:
             if process.is_running():
@@ -120,15 +102,8 @@ def test_a_launcher_killed_while_its_ranks_still_start_leaves_none_of_them(lab, 
     assert not alive, [cmdline(process) for process in alive]
 
 
-def cmdline(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []
-
-
 def test_a_run_directory_in_use_is_refused_and_the_live_run_goes_on(lab):
-    running = Running(lab, "in_use", None)
+    running = LongRun(lab, "in_use", None)
     try:
         second = lab.run(*lab.command("run=in_use", "train.steps=100000"))
         assert second.returncode == 2

@@ -1,6 +1,5 @@
 """Teachers come, die, freeze and come back, and the losses do not change by a bit: real processes and real signals."""
 
-import json
 import os
 import random
 import signal
@@ -13,65 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+
+from tests.run.running import DEADLINE_S, Running, cmdline, curve, same_weights, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
-LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
 QUICK = ("teachers.silent_s=1.5", "teachers.heartbeat_s=0.2")
-DEADLINE_S = 240
-
-
-def wait_until(condition, what: str) -> None:
-    end = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < end, f"never: {what}"
-        time.sleep(0.02)
-
-
-class Running:
-    """A run in the background, its teachers and its steps as they stand."""
-
-    def __init__(self, lab, name, *overrides, ranks=None):
-        self.lab, self.name = lab, name
-        self.log = lab.folder / f"{name}.log"
-        command = lab.command(f"run={name}", *overrides, ranks=ranks)
-        with self.log.open("wb") as output:
-            self.launcher = subprocess.Popen(
-                command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
-            )
-
-    def lines(self, file):
-        path = self.lab.folder / "runs" / self.name / file
-        return self.lab.lines(self.name, file) if path.exists() else []
-
-    def reaches(self, step):
-        wait_until(lambda: len(self.lines("steps.jsonl")) >= step or self.launcher.poll() is not None, f"step {step}")
-        assert self.launcher.poll() is None, self.log.read_text()[-3000:]
-
-    def teachers(self, alive=True):
-        pids = [line["pid"] for line in self.lines("processes.jsonl") if line["role"] == "teacher"]
-        return [pid for pid in pids if not alive or psutil.pid_exists(pid)]
-
-    def status(self):
-        """What the student rank last said of its teachers."""
-        return json.loads((self.lab.folder / "runs" / self.name / "status" / "student-0.json").read_text())
-
-    def ends(self):
-        assert self.launcher.wait(DEADLINE_S) == 0, self.log.read_text()[-3000:]
-        return curve(self.lines("steps.jsonl"))
-
-
-def cmdline(pid):
-    try:
-        return psutil.Process(pid).cmdline()
-    except psutil.NoSuchProcess:
-        return []
-
-
-def curve(steps):
-    return [[step[name] for name in LOSSES] for step in steps]
-
-
 STEPS = 40
 
 
@@ -80,17 +25,12 @@ def undisturbed(lab):
     return curve(lab.train("undisturbed", f"train.steps={STEPS}"))
 
 
-def same_weights(lab, one, other):
-    first, second = (load_file(lab.folder / "runs" / run / "export" / "model.safetensors") for run in (one, other))
-    return all(first[name].equal(second[name]) for name in first)
-
-
 def test_a_killed_teacher_comes_back_and_the_losses_do_not_change_by_a_bit(lab, undisturbed):
     running = Running(lab, "killed", f"train.steps={STEPS}", *QUICK)
     for step in (3, 6):
         running.reaches(step)
         os.kill(running.teachers()[-1], signal.SIGKILL)
-        wait_until(lambda: len(running.teachers(alive=False)) >= 1 + (step // 3), "a new teacher")  # noqa: B023
+        running.has_had_teachers(1 + step // 3)
     assert running.ends() == undisturbed
     assert same_weights(lab, "killed", "undisturbed")
     assert len(running.teachers(alive=False)) == 3
@@ -107,7 +47,7 @@ def test_a_frozen_teacher_is_replaced_by_another_and_by_its_supervisor(lab, undi
     name = f"frozen_{round(frozen_s)}"
     running = Running(lab, name, f"train.steps={STEPS}", "teachers.per_node=2", *QUICK, ranks=3)
     running.reaches(2)
-    wait_until(lambda: len(running.teachers()) == 2, "two teachers")
+    running.has_had_teachers(2)
     victim = running.teachers()[0]
     os.kill(victim, signal.SIGSTOP)
     waker = threading.Timer(frozen_s, lambda: psutil.pid_exists(victim) and os.kill(victim, signal.SIGCONT))
@@ -161,15 +101,13 @@ def test_teachers_from_elsewhere_join_over_tcp_and_leave_without_harm(lab, undis
 
 def test_when_no_teacher_can_come_back_the_run_ends_with_one_sentence(lab):
     running = Running(lab, "given_up", "train.steps=100000", "teachers.restarts=1", *QUICK)
-    for step in (2, 4):
+    for step, teachers in ((2, 2), (4, 2)):
         running.reaches(step)
-        victim = running.teachers()[-1]
-        os.kill(victim, signal.SIGKILL)
-        if step == 2:
-            wait_until(lambda: running.teachers()[-1:] not in ([], [victim]), "a new teacher")  # noqa: B023
+        os.kill(running.teachers()[-1], signal.SIGKILL)
+        running.has_had_teachers(teachers)
     assert running.launcher.wait(DEADLINE_S) == 2
-    said = [line for line in running.log.read_text().splitlines() if line.startswith("deltakd: ")]
-    assert len(said) == 1 and "no restart is left" in said[0] and "teacher 0" in said[0] and ".log" in said[0], said
+    (said,) = running.said()
+    assert "no restart is left" in said and "teacher 0" in said and ".log" in said, said
 
 
 @pytest.mark.soak
@@ -180,14 +118,11 @@ def test_a_teacher_killed_or_stopped_every_five_seconds_changes_no_bit_in_300_st
     )
     draw, hits = random.Random(0), []
     while running.launcher.poll() is None:
-        time.sleep(5)
+        time.sleep(5)  # the storm's own rhythm
         if running.lines("steps.jsonl") and (alive := running.teachers()):
             hits.append(draw.choice([signal.SIGKILL, signal.SIGSTOP]))
-            with_victim = draw.choice(alive)
-            try:
-                os.kill(with_victim, hits[-1])
-            except ProcessLookupError:
-                continue
+            with suppress(ProcessLookupError):  # it has ended by itself since
+                os.kill(draw.choice(alive), hits[-1])
     assert running.ends() == expected and same_weights(lab, "stormy", "calm")
     assert len(hits) >= 3, hits
     print(f"{len(hits)} teachers killed or stopped: {[hit.name for hit in hits]}")
@@ -239,20 +174,20 @@ def test_fifty_runs_killed_at_random_moments_leave_nothing(lab):
         ranks = draw.choice([None, 1, 3])
         running = Running(lab, f"random_{number}", "train.steps=100000", ranks=ranks)
         time.sleep(draw.uniform(0.5, 20))
-        family = [running.launcher.pid, *(p.pid for p in psutil.Process(running.launcher.pid).children(recursive=True))]
+        family = [psutil.Process(running.launcher.pid)]
+        family += family[0].children(recursive=True)
         # The janitor's own death leaves what the next start on the node sweeps: tests/base/test_scratch.py.
-        targets = [pid for pid in family if "-S" not in cmdline(pid)]
+        targets = [process for process in family if "-S" not in cmdline(process)]
         victims = targets if draw.random() < 0.3 else [draw.choice(targets)]
-        processes = [psutil.Process(pid) for pid in family if psutil.pid_exists(pid)]
-        for pid in victims:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if running.launcher.pid not in victims and running.launcher.poll() is None:
-            time.sleep(1)  # a teacher may come back, and the run go on: then it is ended as well
-            running.launcher.kill()
+        for process in victims:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        with suppress(subprocess.TimeoutExpired):  # a teacher may come back and the run go on: then all is ended
+            running.launcher.wait(5)
+        running.launcher.kill()
         running.launcher.wait()
-        _, alive = psutil.wait_procs(processes, timeout=60)
-        assert not alive, (number, [process.cmdline() for process in alive])
+        _, alive = psutil.wait_procs(family, timeout=60)
+        assert not alive, (number, [cmdline(process) for process in alive])
         wait_until(lambda: set(Path("/dev/shm").iterdir()) <= before, "an empty /dev/shm")
         tally.append((ranks, len(victims), len(family), len(running.lines("steps.jsonl"))))
     print(tally)

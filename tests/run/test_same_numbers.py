@@ -5,11 +5,7 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
-
-
-def curve(steps):
-    return [[step[name] for name in LOSSES] for step in steps]
+from tests.run.running import curve, same_weights
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +135,3 @@ def test_the_export_is_a_folder_that_transformers_loads(lab, delta):
     _, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert AutoTokenizer.from_pretrained(folder).chat_template
-
-
-def same_weights(lab, one, other) -> bool:
-    first, second = (load_file(lab.folder / "runs" / run / "export" / "model.safetensors") for run in (one, other))
-    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)

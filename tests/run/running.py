@@ -1,0 +1,80 @@
+"""Runs in the background and what their directories say, for tests of whole runs."""
+
+import json
+import subprocess
+import time
+
+import psutil
+from safetensors.torch import load_file
+
+LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
+DEADLINE_S = 240
+
+
+def curve(steps):
+    """Return the numbers of a run that two ways must share."""
+    return [[step[name] for name in LOSSES] for step in steps]
+
+
+def same_weights(lab, one, other) -> bool:
+    """Tell whether two runs have exported the same weights, bit for bit."""
+    first, second = (load_file(lab.folder / "runs" / run / "export" / "model.safetensors") for run in (one, other))
+    return first.keys() == second.keys() and all(first[name].equal(second[name]) for name in first)
+
+
+def wait_until(condition, what: str) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, f"never: {what}"
+        time.sleep(0.02)
+
+
+def cmdline(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Running:
+    """A run in the background, its teachers and its steps as they stand."""
+
+    def __init__(self, lab, name, *overrides, ranks=None):
+        self.lab, self.name = lab, name
+        self.directory = lab.folder / "runs" / name
+        self.log = lab.folder / f"{name}.log"
+        command = lab.command(f"run={name}", *overrides, ranks=ranks)
+        with self.log.open("wb") as output:
+            self.launcher = subprocess.Popen(
+                command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def lines(self, file):
+        return self.lab.lines(self.name, file) if (self.directory / file).exists() else []
+
+    def reaches(self, step):
+        """Wait for a step; fail if the run ends before."""
+        wait_until(lambda: len(self.lines("steps.jsonl")) >= step or self.launcher.poll() is not None, f"step {step}")
+        assert self.launcher.poll() is None, self.log.read_text()[-3000:]
+
+    def teachers(self, alive=True):
+        """Return the pids of its teachers in the order in which they came."""
+        pids = [line["pid"] for line in self.lines("processes.jsonl") if line["role"] == "teacher"]
+        return [pid for pid in pids if not alive or psutil.pid_exists(pid)]
+
+    def has_had_teachers(self, count):
+        """Wait until so many have come."""
+        wait_until(lambda: len(self.teachers(alive=False)) >= count, f"{count} teachers")
+
+    def said(self):
+        """Return the sentences that its ranks ended with."""
+        return [line for line in self.log.read_text().splitlines() if line.startswith("deltakd: ")]
+
+    def status(self):
+        """Return what the student rank last said of its teachers."""
+        return json.loads((self.directory / "status" / "student-0.json").read_text())
+
+    def ends(self):
+        """Wait for its end and return its curve."""
+        assert self.launcher.wait(DEADLINE_S) == 0, self.log.read_text()[-3000:]
+        return curve(self.lines("steps.jsonl"))

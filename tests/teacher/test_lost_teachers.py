@@ -1,0 +1,91 @@
+"""Teachers that leave, fall silent, or do not answer: others do what they owed, or the run says who is missing."""
+
+from dataclasses import replace
+
+import pytest
+
+from deltakd.base.errors import TeacherError
+from deltakd.losses import objective
+from deltakd.teacher.client import ServiceReferences
+from deltakd.teacher.messages import (
+    Alive,
+    Scored,
+    Welcome,
+    decode,
+    encode,
+)
+from deltakd.teacher.payloads import FrozenModels
+from deltakd.teacher.server import Offer, TeacherServer
+from tests.teacher.contract import (
+    DELTA,
+    SETTINGS,
+    SPEC,
+    batches,
+    join,
+    listening,
+    serving,
+    teacher_by_hand,
+    terms,
+)
+
+
+def test_a_teacher_that_leaves_in_good_order_is_missed_at_once(tmp_path, models):
+    """Without waiting for its silence: the next one does what it owed."""
+    served = {"teacher": models["teacher"]}
+    with listening(tmp_path) as (members, arena, facts):
+        with serving(tmp_path, served):
+            service = ServiceReferences(members, arena, facts, {}, SPEC, SETTINGS)
+        while members.everyone():
+            service._look(0.1)
+        with serving(tmp_path, served, name="1"):
+            assert len(list(service.ahead(batches(2)))) == 2
+        assert not members.counts["silent"]
+
+
+def test_a_silent_teacher_s_requests_go_to_another_and_its_slots_wait_for_its_last_word(tmp_path, models):
+    """By hand and slow, then woken: its late answer is refused by number, and only then is its slot used again."""
+    quick = {"teacher": models["teacher"]}
+    with listening(tmp_path, silent_s=0.5) as (members, arena, facts), teacher_by_hand(tmp_path) as slow:
+        slow.send(encode(join(log="the slow one's")))
+        service = ServiceReferences(members, arena, facts, {}, SPEC, SETTINGS)
+        assert isinstance(decode(slow.recv()), Welcome)
+        service._ask(*batches(1)[0])  # goes to the slow one: it is alone
+        late = decode(slow.recv())
+        with serving(tmp_path, quick, name="quick"):
+            while not service.counts["asked_again"]:
+                service._look(0.1)
+            for _ in service.ahead(batches(4)):
+                assert late.slot not in [request.score.slot for request in service._open.values()]
+                assert late.slot not in service._free
+            slow.send(encode(Scored(late.request, late.slot, 1, b"", 0.0, 0.0)))
+            while late.slot not in service._free:
+                service._look(0.1)
+            assert service.counts["refused_late"] == 1
+
+
+def test_when_nobody_is_left_the_run_stops_and_says_who_it_was_and_where_its_log_is(tmp_path):
+    settings = replace(SETTINGS, give_up_s=0.3)
+    with listening(tmp_path, silent_s=0.2) as (members, arena, facts), teacher_by_hand(tmp_path) as silent:
+        silent.send(encode(join()))
+        service = ServiceReferences(members, arena, facts, {}, SPEC, settings)
+        said = r"teacher \(.* tokens\): no teacher could be asked for 0\.3 s\. .*teacher 0 on h .*log a log.*not heard"
+        with pytest.raises(TeacherError, match=said):
+            list(service.ahead(batches(1)))
+
+
+def test_a_teacher_whose_heart_beats_but_that_does_not_answer_is_asked_no_more(tmp_path, models):
+    settings = replace(SETTINGS, answer_s=0.3)
+    with listening(tmp_path) as (members, arena, facts), teacher_by_hand(tmp_path) as stuck:
+        stuck.send(encode(join()))
+        service = ServiceReferences(members, arena, facts, {}, SPEC, settings)
+        stuck.send(encode(Alive(b"by hand")))
+        with serving(tmp_path, {"teacher": models["teacher"]}, name="quick"):
+            assert len(list(service.ahead(batches(2)))) == 2
+        assert members.counts["stuck"] == 1
+
+
+def test_a_teacher_to_which_no_student_comes_does_not_wait_for_ever(tmp_path, models):
+    frozen = FrozenModels({"teacher": models["teacher"]}, SPEC, objective(DELTA))
+    with TeacherServer(Offer(frozen, {"teacher": "w1"}, terms(), "0"), lambda: [], tmp_path) as server:
+        with pytest.raises(TeacherError, match=r"no student has come for 0\.1 s"):
+            server.serve(0.1, lambda: None)
