@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from deltakd.base.errors import EXIT_USER_ERROR, DeltaKDError
+from deltakd.base.errors import DeltaKDError
 from deltakd.base.processes import end_with_launchers
 from deltakd.bench.command import add_bench, run_bench
 
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     train = verb("train", "train: the recipe itself or one stage of it, with the launcher that fits this machine")
     train.add_argument("--stage", help="a stage of the recipe's pipeline")
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
+    train.add_argument("--resume", action="store_true", help="refuse to begin: go on from a checkpoint, or not at all")
     cache = verb("cache", "write what the frozen models say of a training's micro-batches, so that none is needed")
     cache.add_argument("--stage", help="a stage of the recipe's pipeline")
     cache.add_argument(
@@ -133,7 +134,7 @@ def _dispatch(options: argparse.Namespace) -> None:
         if options.verb == "run":
             pipeline.run(options.recipe, options.overrides, options.processes)
         else:
-            pipeline.train(options.recipe, options.overrides, options.stage, options.processes)
+            pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
 
 
 def guarded(life: Callable[[], None]) -> int:
@@ -148,7 +149,7 @@ def guarded(life: Callable[[], None]) -> int:
             # others; a fault of this rank alone is still said.
             time.sleep(SILENCE_S)
         print(f"deltakd: {error}" if rank == "0" else f"deltakd, rank {rank}: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

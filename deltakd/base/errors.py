@@ -5,10 +5,13 @@ Any other exception is a bug of ours and keeps its trace.
 """
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # sysexits' "try again": the run was asked to stop and continues when it is started again
 
 
 class DeltaKDError(Exception):
     """A fault that its reader can act on; the message is complete and ends with what to do."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 class RecipeError(DeltaKDError, ValueError):
@@ -33,3 +36,9 @@ class TeacherError(DeltaKDError):
 
 class RunError(DeltaKDError):
     """A run directory, a process or a machine that cannot carry the run."""
+
+
+class Stopped(DeltaKDError):
+    """A run that was asked to stop, and has: no fault, but no success either."""
+
+    exit_code = EXIT_STOPPED

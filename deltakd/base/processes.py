@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -46,7 +47,7 @@ def launching_ancestors() -> list[int]:
 
 
 def end_with_launchers() -> None:
-    """End this process, at once and without cleaning up, when a process that launched it ends.
+    """End this process when a process that launched it ends: without cleaning up, and at once but for `when_orphaned`.
 
     The first thing that a process of ours does: until then a launcher's death goes unnoticed. Those above us are found
     by their command lines and in DELTAKD_LAUNCHERS, which every process of ours hands down (`pid:start` or `pid`), so
@@ -93,11 +94,22 @@ def _is_same(entry: str) -> bool:
         return False
 
 
+_farewell: Callable[[], None] | None = None
+
+
+def when_orphaned(farewell: Callable[[], None] | None) -> None:
+    """Have this called before the process ends for want of its launchers; it may take its time. None: at once."""
+    global _farewell
+    _farewell = farewell
+
+
 def _end_with_first(descriptors: list[int]) -> None:
     poll = select.poll()
     for descriptor in descriptors:
         poll.register(descriptor, select.POLLIN)
     poll.poll()
+    if _farewell is not None:
+        _farewell()
     os._exit(EXIT_ORPHANED)
 
 

@@ -2,6 +2,7 @@
 
 recipe.yaml      the resolved recipe            run.json        commit, versions, machine
 processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
+checkpoints/     where it goes on from          resumed.jsonl   a line each time that it did
 export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
 """
 
@@ -13,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,10 @@ from deltakd.base.processes import resident_bytes
 FINISHED = "finished.json"
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
-FREE = frozenset({"pipeline", "evaluation", "records"})  # parts of a recipe that a finished training does not depend on
+# Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
+FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints"})
+CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing"}
+CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
 
 
@@ -72,10 +76,19 @@ class RunDirectory:
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
-        for name in ("steps.jsonl", "processes.jsonl", "tensorboard", "export", "export.part"):
+        for name in ("steps.jsonl", "processes.jsonl", "resumed.jsonl", "tensorboard", "export", "export.part"):
             remove(self.path / name)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})
+
+    def go_on(self, recipe_text: str, step: int) -> None:
+        """Take back what was written after a checkpoint's step, and note that the run goes on from there."""
+        for name in ("export", "export.part", FINISHED):
+            remove(self.path / name)
+        lines = (json.dumps(line) + "\n" for line in self.read_lines("steps.jsonl") if line["step"] <= step)
+        write_text(self.path / "steps.jsonl", "".join(lines))
+        write_text(self.path / "recipe.yaml", recipe_text)
+        self.append("resumed.jsonl", {"step": step, **machine_facts()})
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line to a .jsonl file; a single write, so lines of several processes never mix."""
@@ -123,12 +136,17 @@ class RunDirectory:
         except ValueError as error:
             raise RunError(f"{path}: not what a run writes ({error}). Remove the folder {self.path}.") from error
 
-    def changes(self, recipe_text: str) -> list[str]:
-        """List what differs between this directory's recipe and another and matters, as `key: old, now new`."""
+    def changes(self, recipe_text: str, free: Set[str] = FREE) -> list[str]:
+        """List what differs between this directory's recipe and another outside `free`, as `key: old, now new`."""
         old = _flat(yaml.safe_load((self.path / "recipe.yaml").read_text()))
         new = _flat(yaml.safe_load(recipe_text))
-        keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and key.split(".")[0] not in FREE]
+        keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not free & set(_prefixes(key))]
         return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]
+
+
+def _prefixes(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

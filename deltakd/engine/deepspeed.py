@@ -7,6 +7,8 @@ take minutes to compile where there is no GPU.
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from deltakd.base.errors import RunError
 from deltakd.base.ranks import Role, TorchWorld
+from deltakd.base.rundir import remove
 from deltakd.engine.protocol import (
     Optimizer,
     StudentModule,
@@ -30,9 +33,13 @@ from deltakd.engine.protocol import (
 from deltakd.engine.settings import DeepSpeedSettings
 from deltakd.losses.linear import LinearLoss, Reference
 
+TAG = "state"  # DeepSpeed's name for one checkpoint of a folder
 
-def config(settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ranks: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run."""
+
+def config(
+    settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ranks: int, other_ranks: bool = False
+) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run; `other_ranks`: it goes on from what another number of them wrote."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -41,6 +48,7 @@ def config(settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ra
         "zero_optimization": {"stage": settings.zero_stage},
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "checkpoint": {"load_universal": other_ranks},
         "steps_per_print": 10**12,
     }
 
@@ -99,8 +107,15 @@ class DeepSpeedEngine:
     """The student under ZeRO-3; every rank makes one and calls it in step with the others."""
 
     def __init__(
-        self, module: StudentModule, settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, role: Role
+        self,
+        module: StudentModule,
+        settings: DeepSpeedSettings,
+        optimizer: Optimizer,
+        dtype: str,
+        role: Role,
+        other_ranks: bool = False,
     ) -> None:
+        """`other_ranks`: `load_state` will be given what another number of ranks, or another stage, wrote."""
         import deepspeed
 
         self.device = device_name(role.local_index)
@@ -114,8 +129,9 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas),
-            config=config(settings, optimizer, dtype, role.num_students),
+            config=config(settings, optimizer, dtype, role.num_students, other_ranks),
         )
+        self._other_ranks = other_ranks
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
         return run_module(self._engine, batch, references, alpha)
@@ -152,6 +168,52 @@ class DeepSpeedEngine:
         if self._rank == 0:
             save_folder(self._module.model, state, tokenizer, folder)
         torch.distributed.barrier()
+
+    def save_state(self, folder: Path) -> None:
+        self._engine.save_checkpoint(str(folder), tag=TAG)
+
+    def load_state(self, folder: Path) -> None:
+        """Read this rank's share; what another number of ranks wrote is made universal first, in a folder beside."""
+        tag, converted = TAG, folder.with_name("universal.part")
+        if self._other_ranks:
+            tag = f"{TAG}_universal"
+            if self._rank == 0:
+                make_universal(folder / TAG, converted / tag)
+            torch.distributed.barrier()
+            folder = converted
+        decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
+        self._engine.load_checkpoint(str(folder), tag=tag)
+        if self._other_ranks:
+            self._mend_universal(decays)
+        torch.distributed.barrier()
+        if self._rank == 0:
+            remove(converted)
+
+    def _mend_universal(self, decays: list[float]) -> None:
+        """Set right what DeepSpeed 0.19.8 leaves wrong when it loads a universal checkpoint.
+
+        All groups get the first one's weight decay, and all parameters share one step tensor, which AdamW then counts
+        up once for each of them: its bias correction runs ahead.
+        """
+        adamw = self._engine.optimizer.optimizer
+        for group, decay in zip(adamw.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
+        for state in adamw.state.values():
+            state["step"] = state["step"].clone()
+
+
+def make_universal(saved: Path, folder: Path) -> None:
+    """Convert a checkpoint so that any number of ranks can read it. Raises RunError if DeepSpeed cannot."""
+    remove(folder)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    command += ["--input_folder", str(saved), "--output_folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise RunError(
+            f"{saved}: cannot be read by another number of ranks ({''.join(said)[:160]}). "
+            "Start as many student ranks as before."
+        )
 
 
 @contextmanager

@@ -91,6 +91,12 @@ class Engine(Protocol):
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write student and tokenizer as a Hugging Face folder, whole or not at all; rank 0 writes, all call."""
 
+    def save_state(self, folder: Path) -> None:
+        """Write weights and optimizer as they stand after the last update; every rank its share."""
+
+    def load_state(self, folder: Path) -> None:
+        """Go on from what `save_state` wrote, to the same bits on as many ranks."""
+
 
 def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Split parameters into those that decay (matrices) and those that do not (norms and biases)."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deltakd.engine.protocol import (
@@ -53,3 +54,20 @@ class SingleEngine:
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         save_folder(self._module.model, None, tokenizer, folder)
+
+    def save_state(self, folder: Path) -> None:
+        save_file(dict(self._module.named_parameters()), folder / "weights.safetensors")
+        state = self._adamw.state_dict()["state"]
+        moments = {f"{index}.{name}": value for index, values in state.items() for name, value in values.items()}
+        save_file(moments, folder / "adamw.safetensors")
+
+    def load_state(self, folder: Path) -> None:
+        weights = load_file(folder / "weights.safetensors")
+        with torch.no_grad():
+            for name, parameter in self._module.named_parameters():
+                parameter.copy_(weights[name])
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in load_file(folder / "adamw.safetensors").items():
+            index, _, moment = name.partition(".")
+            state.setdefault(int(index), {})[moment] = value
+        self._adamw.load_state_dict({**self._adamw.state_dict(), "state": state})

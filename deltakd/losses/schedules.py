@@ -4,6 +4,7 @@ Every rank computes the same value: it depends on the step and on the step's los
 """
 
 import math
+from collections.abc import Mapping
 from typing import Protocol
 
 from deltakd.losses.settings import AlphaSchedule, TaidTarget, Target, start_alpha
@@ -20,6 +21,12 @@ class Alpha(Protocol):
 
     def observe(self, loss: float) -> None:
         """Take note of the divergence of the step just taken, a mean over all ranks' tokens."""
+
+    def state(self) -> dict[str, float | None]:
+        """Return what the values to come depend on, beside the step."""
+
+    def restore(self, state: Mapping[str, float | None]) -> None:
+        """Go on from what `state` returned."""
 
 
 class ScheduledAlpha:
@@ -39,6 +46,12 @@ class ScheduledAlpha:
 
     def observe(self, loss: float) -> None:
         """Nothing: the schedule depends on the step alone."""
+
+    def state(self) -> dict[str, float | None]:
+        return {}
+
+    def restore(self, state: Mapping[str, float | None]) -> None:
+        """Nothing, as `observe`."""
 
 
 class TaidAlpha:
@@ -66,6 +79,12 @@ class TaidAlpha:
             pull = 1 / (1 + math.exp(-max(self.momentum, -500.0)))
             self.t = min(self._target.end, self.t + self._target.rate * pull * (1 - self.t))
         self.last = loss
+
+    def state(self) -> dict[str, float | None]:
+        return {"t": self.t, "momentum": self.momentum, "last": self.last}
+
+    def restore(self, state: Mapping[str, float | None]) -> None:
+        self.t, self.momentum, self.last = (state[name] for name in ("t", "momentum", "last"))  # type: ignore[assignment]
 
 
 def alpha_over_steps(target: Target, num_steps: int) -> Alpha:

@@ -26,7 +26,7 @@ from deltakd.engine.settings import SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
 from deltakd.losses.settings import must_stay_apart, needed_references
-from deltakd.models.load import ModelFacts, facts, load_head, load_model, resolve
+from deltakd.models.load import ModelFacts, facts, identity, load_head, load_model, resolve
 from deltakd.models.settings import role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
@@ -37,6 +37,7 @@ from deltakd.teacher.members import Members
 from deltakd.teacher.messages import PROTOCOL, Terms
 from deltakd.teacher.payloads import FrozenFacts, FrozenModels, PayloadKind, PayloadSpec, choose_payload
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
+from deltakd.train.checkpoints import Checkpoints, Saved
 from deltakd.train.loop import TrainParts
 from deltakd.train.schedule import schedule
 
@@ -178,36 +179,75 @@ def planned(recipe: Recipe, steps: Iterator[list[PackedBatch]]) -> Iterator[tupl
             yield batch, moving.foretold(step)
 
 
-def build_parts(inputs: Inputs, examples: ExampleSet, role: Role, service: Service | None) -> TrainParts:
-    """Build everything that a student rank trains with; `service` is None where no teacher rank is asked."""
+def build_parts(
+    inputs: Inputs,
+    examples: ExampleSet,
+    role: Role,
+    service: Service | None,
+    checkpoints: Path | None = None,
+    find: Callable[[World], Saved | None] = lambda world: None,
+    stop: Callable[[], str | None] = lambda: None,
+) -> TrainParts:
+    """Build everything that a student rank trains with; `service` is None where no teacher rank is asked.
+
+    `checkpoints` is the run's directory, None where a training keeps none. `find` is called once the students have
+    met, and says which checkpoint they go on from.
+    """
     recipe = inputs.recipe
     stream, train = build_stream(recipe, examples, role), recipe.train
     cached = None
     if recipe.references.source == "cache" and inputs.frozen:  # looked through before anything large is loaded
         cached = _build_cached(inputs, device_name(role.local_index), planned(recipe, stream.steps()))
-    world, engine = build_engine(inputs, role)
-    references = cached or _build_references(inputs, role, engine.device, service)
+    world = _meet(recipe, role)
+    saved = find(world)
+    engine = build_engine(inputs, role, saved)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
-    return TrainParts(world, engine, references, stream.steps(), schedule(train), alpha, train.steps)
+    keep = None
+    if checkpoints is not None:
+        facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}
+        keep = Checkpoints(checkpoints, recipe.checkpoints, world, engine, alpha, facts_)
+    if keep is not None and saved is not None:
+        keep.restore(saved)
+    references = cached or _build_references(inputs, engine.device, service, stop)
+    done = saved.step if saved is not None else 0
+    return TrainParts(world, engine, references, stream.steps, schedule(train), alpha, train.steps, keep, stop, done)
 
 
-def build_engine(inputs: Inputs, role: Role) -> tuple[World, Engine]:
-    """Load the student and hand it to its engine, having joined the other students."""
+def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
+    """Return what the numbers of a run depend on beside its recipe: a checkpoint is of these and no others."""
+    return {
+        "models": {"student": identity(inputs.student)} | {name: one.identity for name, one in inputs.frozen.items()},
+        "examples": examples.digest,
+        "payload": inputs.spec.words if inputs.frozen else "none",
+    }
+
+
+def _meet(recipe: Recipe, role: Role) -> World:
+    if isinstance(recipe.engine, SingleSettings):
+        return SoloWorld()
+    from deltakd.engine import deepspeed
+
+    return deepspeed.join_students(role)
+
+
+def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engine:
+    """Load the student and hand it to its engine; other students must have been met."""
     recipe = inputs.recipe
     train = recipe.train
     optimizer = Optimizer(train.learning_rate, (train.beta1, train.beta2), train.weight_decay, train.max_grad_norm)
+    torch.manual_seed(recipe.seed)
     if isinstance(recipe.engine, SingleSettings):
         from deltakd.engine.single import SingleEngine
 
         module = _student_module(inputs)
-        return SoloWorld(), SingleEngine(module, optimizer, device_name(role.local_index))
+        return SingleEngine(module, optimizer, device_name(role.local_index))
     from deltakd.engine import deepspeed
 
-    world = deepspeed.join_students(role)
-    torch.manual_seed(recipe.seed)
-    with deepspeed.sharded_loading(deepspeed.config(recipe.engine, optimizer, recipe.models.dtype, role.num_students)):
+    others = saved is not None and saved.facts["num_ranks"] != role.num_students
+    config = deepspeed.config(recipe.engine, optimizer, recipe.models.dtype, role.num_students, others)
+    with deepspeed.sharded_loading(config):
         module = _student_module(inputs)
-    return world, deepspeed.DeepSpeedEngine(module, recipe.engine, optimizer, recipe.models.dtype, role)
+    return deepspeed.DeepSpeedEngine(module, recipe.engine, optimizer, recipe.models.dtype, role, others)
 
 
 def _student_module(inputs: Inputs) -> StudentModule:
@@ -218,7 +258,9 @@ def _student_module(inputs: Inputs) -> StudentModule:
     return StudentModule(model, objective(recipe.objective), recipe.data.layout, inputs.vocab_size)
 
 
-def _build_references(inputs: Inputs, role: Role, device: str, service: Service | None) -> References:
+def _build_references(
+    inputs: Inputs, device: str, service: Service | None, stop: Callable[[], str | None]
+) -> References:
     if not inputs.frozen:
         return NoReferences()
     heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
@@ -226,7 +268,16 @@ def _build_references(inputs: Inputs, role: Role, device: str, service: Service 
         return InProcessReferences(build_frozen(inputs, device, frozenset(inputs.frozen)), heads)
     facts_, settings = frozen_facts(inputs), _service_settings(inputs.recipe)
     return ServiceReferences(
-        service.members, service.arena, facts_, heads, inputs.spec, settings, service.failed, service.board, device
+        service.members,
+        service.arena,
+        facts_,
+        heads,
+        inputs.spec,
+        settings,
+        service.failed,
+        service.board,
+        stop,
+        device,
     )
 
 

@@ -1,14 +1,17 @@
-"""Whether a run directory already holds the very run that a recipe asks for."""
+"""What a run directory already holds of the very run that a recipe asks for: all of it, or a checkpoint."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import RunDirectory
+from deltakd.base.rundir import CHANGEABLE, RunDirectory
 from deltakd.models.load import identity
 from deltakd.models.settings import role_key
 from deltakd.recipe.build import Inputs
 from deltakd.recipe.load import dump_recipe
 from deltakd.recipe.schema import Recipe
+from deltakd.train.checkpoints import Saved, has_some, newest, remove_unfinished
 
 
 def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
@@ -21,7 +24,10 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
         return False
     if "inputs" not in finished:
         raise RunError(f"{run.path}: made by another stage, not by a training. Write run=... with another name.")
-    changes = run.changes(dump_recipe(recipe))
+    text = dump_recipe(recipe)
+    changes = run.changes(text)
+    if changes and not run.changes(text, CHANGEABLE) and finished["steps"] < recipe.train.steps and has_some(run.path):
+        return False  # it shall go on for more steps
     for role, before in finished["inputs"].items():
         folder = Path(recipe.models.roles[role].weights).expanduser()
         if folder.is_dir() and identity(folder) != before:
@@ -32,6 +38,37 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
             "Write run=... with another name (root=... moves all stages), or remove the folder."
         )
     return True
+
+
+def find_checkpoint(run: RunDirectory, recipe: Recipe, facts: Mapping[str, Any], required: bool) -> Saved | None:
+    """Return the checkpoint that this run goes on from; None if it begins with step 1. For rank 0; says what it does.
+
+    Raises RunError if there is one of another run, or none where one is `required`.
+    """
+    remove_unfinished(run.path)
+    saved, passed = newest(run.path)
+    for sentence in passed:
+        print(sentence, flush=True)
+    if saved is None:
+        if required:
+            raise RunError(f"{run.path}: no checkpoint to go on from. Start without --resume to begin with step 1.")
+        if before := run.last_line("steps.jsonl"):
+            print(f"{run.path}: no checkpoint of its {before['step']:,} steps; it begins with step 1 again", flush=True)
+        return None
+    text = dump_recipe(recipe)
+    was = {name: saved.facts[name] for name in facts}
+    changes = run.changes(text, CHANGEABLE)
+    changes += [f"{name}: {was[name]}, now {now}" for name, now in facts.items() if was[name] != now]
+    if saved.step > recipe.train.steps:
+        changes.append(f"train.steps: {saved.step} are done, now {recipe.train.steps}")
+    if changes:
+        raise RunError(
+            f"{saved.folder}: of another run ({'; '.join(changes[:3])}). Write run=... with another name, or remove "
+            f"{run.path} to begin anew."
+        )
+    allowed = "; ".join(run.changes(text)[:3])
+    print(f"{run.path}: goes on from {saved.folder.name}" + (f" ({allowed})" if allowed else ""), flush=True)
+    return saved
 
 
 def identities(inputs: Inputs) -> dict[str, str]:

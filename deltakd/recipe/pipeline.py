@@ -58,10 +58,12 @@ def name_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def train(name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None) -> None:
+def train(
+    name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None, resume: bool = False
+) -> None:
     """Become the launcher that fits this machine, for the recipe or one of its training stages."""
     loaded = load(name, overrides, stage)
-    command = launch_command(loaded.recipe, name, overrides, stage, num_processes)
+    command = [*launch_command(loaded.recipe, name, overrides, stage, num_processes), *(["--resume"] if resume else [])]
     print(" ".join(command), flush=True)
     os.execvpe(command[0], command, launch_environment())
 
@@ -114,7 +116,7 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
         process.kill()
         process.wait()
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
-    if process.returncode != 0 or directory.finished() is None:
+    if process.returncode != 0 or not is_finished(directory, recipe):
         raise _failure(stage, log, process.returncode)
     if not console.is_terminal and (last := directory.last_line("steps.jsonl")):
         console.print(f"{stage}: {last['step']} steps, {describe(last)}", soft_wrap=True)

@@ -19,6 +19,7 @@ class Launch:
     placement: Placement
     identity: str | None = None  # given where teachers and students do not share a launcher
     external_teachers: bool = False  # someone else starts the teachers of this node
+    resume: bool = False  # refuse to begin with step 1
 
 
 def run_rank(loaded: Loaded, launch: Launch) -> None:
@@ -38,4 +39,4 @@ def run_rank(loaded: Loaded, launch: Launch) -> None:
         return
     from deltakd.recipe.student import student
 
-    student(loaded, role, launch.identity)
+    student(loaded, role, launch.identity, launch.resume)

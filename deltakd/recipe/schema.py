@@ -14,7 +14,7 @@ from deltakd.evaluate.settings import CompareSettings, EvaluationSettings
 from deltakd.losses.settings import ObjectiveSettings
 from deltakd.models.settings import ModelsSettings, NewModelSettings
 from deltakd.teacher.settings import ReferencesSettings, TeachersSettings
-from deltakd.train.settings import RecordsSettings, TrainSettings
+from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSettings
 
 EngineSettings = Annotated[DeepSpeedSettings | SingleSettings, Field(discriminator="name")]
 
@@ -60,6 +60,7 @@ class Recipe(Settings):
     references: ReferencesSettings = ReferencesSettings()
     teachers: TeachersSettings = TeachersSettings()
     train: TrainSettings
+    checkpoints: CheckpointsSettings = CheckpointsSettings()
     engine: EngineSettings = DeepSpeedSettings(name="deepspeed")
     evaluation: EvaluationSettings = EvaluationSettings()
     records: RecordsSettings = RecordsSettings()

@@ -6,17 +6,23 @@ from pathlib import Path
 from deltakd.base.processes import launch_identity, use_threads
 from deltakd.base.ranks import Role
 from deltakd.base.rundir import RunDirectory
-from deltakd.recipe.build import build_parts, read_examples, read_inputs
+from deltakd.base.stop import StopRequest
+from deltakd.data.examples import ExampleSet
+from deltakd.recipe.build import Inputs, build_parts, facts_of_run, read_examples, read_inputs
 from deltakd.recipe.checks import check_paths
-from deltakd.recipe.finished import identities, is_finished
+from deltakd.recipe.finished import find_checkpoint, identities, is_finished
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.teachers import open_service
+from deltakd.train.checkpoints import Saved, agree
 from deltakd.train.loop import train
 from deltakd.train.records import Records
 
 
-def student(loaded: Loaded, role: Role, launch_name: str | None) -> None:
-    """Train: claim the directory, check, start teachers if they are ours to start, join, train, export."""
+def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = False) -> None:
+    """Train: claim the directory, check, start teachers if they are ours to start, join, train, export.
+
+    With `resume` it must go on from a checkpoint; otherwise it does if there is one.
+    """
     use_threads()
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
@@ -27,29 +33,44 @@ def student(loaded: Loaded, role: Role, launch_name: str | None) -> None:
             if role.rank == 0:
                 print(f"{run.path}: finished; nothing to do. Remove the folder to train again.", flush=True)
             return
+        say = None if role.rank == 0 else (lambda text: None)
+        stop = stack.enter_context(StopRequest(recipe.checkpoints.grace_s, say))
         check_paths(recipe, loaded.where, Path(recipe.root).name)
         inputs = read_inputs(recipe, loaded.where)
         examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
-        if role.rank == 0:
-            print(f"{run.path}: {examples.counts.describe()}", flush=True)
-            run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
+        chosen = _begin(run, inputs, examples, resume) if role.rank == 0 else None
         launch = launch_name or launch_identity(run.path)
         service = open_service(loaded, run, inputs, role, launch, stack) if role.num_local_teachers else None
         if role.rank == 0 and inputs.frozen:
             print(f"references: {inputs.why}", flush=True)
-        parts = build_parts(inputs, examples, role, service)
+        parts = build_parts(
+            inputs, examples, role, service, run.path, lambda world: agree(world, chosen, run.path), lambda: stop.reason
+        )
         beside = list(inputs.frozen) if recipe.references.source == "in_process" else []
         heads = list(inputs.frozen) if not beside and inputs.spec.kind == "hidden" else []
         run.record_process("student", role.rank, parts.engine.device, ["student", *beside], heads)
         parts.world.barrier()
         if role.rank == 0:
-            records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps))
-            last = train(parts, records.write)
+            records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps, parts.done))
+            train(parts, records.write)
         else:
-            last = train(parts, lambda record: None)
+            train(parts, lambda record: None)
         if role.rank == 0 and (short := parts.references.shortage()):
             print(short, flush=True)
         parts.engine.save(run.export, inputs.tokenizer)
         if role.rank == 0:
-            run.finish({"steps": last.step, "loss": last.loss, "inputs": identities(inputs)})
-            print(f"{run.path}: finished after {last.step} steps; the model lies in {run.export}", flush=True)
+            last = run.last_line("steps.jsonl") or {}
+            run.finish({"steps": recipe.train.steps, "loss": last.get("loss"), "inputs": identities(inputs)})
+            print(f"{run.path}: finished after {recipe.train.steps} steps; the model lies in {run.export}", flush=True)
+
+
+def _begin(run: RunDirectory, inputs: Inputs, examples: ExampleSet, resume: bool) -> Saved | None:
+    """Make the directory ready for its first step, or for the one after the checkpoint that is returned."""
+    recipe = inputs.recipe
+    print(f"{run.path}: {examples.counts.describe()}", flush=True)
+    saved = find_checkpoint(run, recipe, facts_of_run(inputs, examples), resume)
+    if saved is not None:
+        run.go_on(dump_recipe(recipe), saved.step)
+    else:
+        run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
+    return saved

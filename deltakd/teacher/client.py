@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.base.errors import TeacherError
+from deltakd.base.errors import Stopped, TeacherError
 from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
 from deltakd.teacher.accounts import Accounts
@@ -80,17 +80,19 @@ class ServiceReferences:
         settings: ServiceSettings,
         failed: Callable[[], str | None] = lambda: None,
         board: Callable[[Mapping[str, Any]], None] = lambda status: None,
+        stop: Callable[[], str | None] = lambda: None,
         device: str = "cpu",
     ) -> None:
         """Wait until somebody serves every payload.
 
         `heads` holds the frozen head of each model for `hidden` payloads and is empty for the others. `failed` says
-        why this node's teachers cannot come back, once they cannot; `board` gets the `status` every second. Raises
-        TeacherError if teachers cannot come back, or if nobody has come in time.
+        why this node's teachers cannot come back, once they cannot; `board` gets the `status` every second; `stop`
+        says why nobody shall wait any longer. Raises TeacherError if teachers cannot come back, or if nobody has come
+        in time, and Stopped.
         """
         self._members, self._arena, self._models, self._heads = members, arena, models, heads
         self._spec, self._settings, self._failed, self._device = spec, settings, failed, device
-        self._board, self._posted = board, 0.0
+        self._board, self._posted, self._stop = board, 0.0, stop
         self._names = asked_names(spec, models)
         self._ids = count()
         self._open: dict[int, Request] = {}
@@ -102,7 +104,7 @@ class ServiceReferences:
         self._accounts = Accounts(members.num_local_students)
         deadline = time.monotonic() + settings.start_s
         while missing := [name for name in self._names if not members.serving(name)]:
-            self._look(POLL_S)
+            self._wait()
             if reason := self._failed():
                 raise TeacherError(f"{missing[0]}: {reason}. Look at its log.")
             if time.monotonic() > deadline:
@@ -124,7 +126,7 @@ class ServiceReferences:
             batch, requests = window.popleft()
             self._accounts.stop_work()
             while not all(request.answered for request in requests):
-                self._look(POLL_S)
+                self._wait()
             self._accounts.start_work()
             yield batch, {request.score.model: self._read(request) for request in requests}
             self._free.extend(request.score.slot for request in requests)
@@ -141,6 +143,12 @@ class ServiceReferences:
         self._waiting.extend(requests)
         self._look(0)
         return requests
+
+    def _wait(self) -> None:
+        """Look for what comes, unless nobody shall wait any longer."""
+        if reason := self._stop():
+            raise Stopped(f"stopped by {reason}.")
+        self._look(POLL_S)
 
     def _look(self, timeout_s: float) -> None:
         """Take what has come, let go of teachers that are gone, and ask whoever is there for what is open."""

@@ -3,6 +3,8 @@
 Rank 0 speaks. On a terminal one progress bar, else one line per step; both with loss, tokens/s and waiting.
 """
 
+import hashlib
+import json
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -21,21 +23,28 @@ PLOTTED = ("loss", "cross_entropy", "divergence", "grad_norm", "learning_rate", 
 class Records:
     """Writes every step's record; use with `with`."""
 
-    def __init__(self, run: RunDirectory, settings: RecordsSettings, name: str, num_steps: int) -> None:
-        """Open the writers. Raises RunError if the recipe asks for Weights & Biases and it is not installed."""
+    def __init__(self, run: RunDirectory, settings: RecordsSettings, name: str, num_steps: int, done: int = 0) -> None:
+        """Open the writers; a run that has `done` steps goes on in the same curves.
+
+        Raises RunError if the recipe asks for Weights & Biases and it is not installed.
+        """
         self._run = run
         self._tensorboard: Any = None
         self._wandb: Any = None
         if settings.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(run.path / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=done + 1)
         if settings.wandb_project:
             try:
                 import wandb
             except ImportError as error:
                 raise RunError("records.wandb_project: wandb is not installed. Run `pip install wandb`.") from error
-            self._wandb = wandb.init(project=settings.wandb_project, name=name, dir=str(run.path))
+            started = f"{run.path.resolve()}|{json.loads((run.path / 'run.json').read_text())['started']}"
+            identity = hashlib.blake2b(started.encode(), digest_size=8).hexdigest()  # the same when it goes on
+            self._wandb = wandb.init(
+                project=settings.wandb_project, name=name, dir=str(run.path), id=identity, resume="allow"
+            )
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn(name),
@@ -46,7 +55,7 @@ class Records:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(name, total=num_steps, text="")
+        self._task = self._bar.add_task(name, total=num_steps, completed=done, text="")
         self._is_terminal = console.is_terminal
         self._num_steps = num_steps
 

@@ -31,6 +31,16 @@ class TrainSettings(Settings):
     gradient_checkpointing: bool = False
 
 
+class CheckpointsSettings(Settings):
+    """When a run keeps its state. Asked to stop (SIGTERM, SIGUSR1, Ctrl-C) it keeps it whatever stands here."""
+
+    every_steps: int | None = Field(500, gt=0, description="Keep a checkpoint every so many steps; null: none.")
+    keep_last: int = Field(2, gt=0, description="How many stay on the disk.")
+    grace_s: float = Field(
+        60.0, gt=0, description="How long a run that is asked to stop may take to finish a micro-batch and save."
+    )
+
+
 class RecordsSettings(Settings):
     """Where the run's numbers go beside steps.jsonl."""
 

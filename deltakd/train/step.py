@@ -50,6 +50,10 @@ class StepRecord:
     memory_bytes: int
 
 
+class NotFinite(RunError):
+    """A loss or a gradient that is no number, on all ranks alike; nothing was updated."""
+
+
 class Clock:
     """Where a step's time goes: each mark adds the time since the last one to a name."""
 
@@ -78,8 +82,8 @@ def train_step(
 ) -> StepRecord:
     """Take one optimizer step on this rank's micro-batches; `scored` yields the same ones with their payloads.
 
-    A teacher that fails raises: there is no training without it. Raises RunError before the update if loss or gradient
-    is not finite.
+    A teacher that fails raises: there is no training without it. Raises NotFinite before the update if loss or
+    gradient is not finite.
     """
     clock = Clock()
     num_tokens, num_supervised = count_tokens(world, batches, step)
@@ -128,9 +132,9 @@ def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> tup
 
 
 def require_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raise RunError unless loss and gradient norm are finite."""
+    """Raise NotFinite unless loss and gradient norm are finite."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise RunError(
+        raise NotFinite(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights were not updated. "
             "Lower train.learning_rate, or look at the data of this step."
         )

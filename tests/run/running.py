@@ -1,8 +1,10 @@
 """Runs in the background and what their directories say, for tests of whole runs."""
 
 import json
+import os
 import subprocess
 import time
+from contextlib import suppress
 
 import psutil
 from safetensors.torch import load_file
@@ -73,6 +75,22 @@ class Running:
     def status(self):
         """Return what the student rank last said of its teachers."""
         return json.loads((self.directory / "status" / "student-0.json").read_text())
+
+    def family(self):
+        """Return the launcher and everything that it has started."""
+        launcher = psutil.Process(self.launcher.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def is_sent(self, number, *pids):
+        """Send a signal to some of its processes, or to the launcher; return its exit code when all are gone."""
+        family = self.family()
+        for pid in pids or [self.launcher.pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        code = self.launcher.wait(DEADLINE_S)
+        _, alive = psutil.wait_procs(family, timeout=DEADLINE_S)
+        assert not alive, [cmdline(process) for process in alive]
+        return code
 
     def ends(self):
         """Wait for its end and return its curve."""

@@ -28,8 +28,7 @@ class LongRun(Running):
     def __init__(self, lab, name: str, ranks: int | None, *overrides: str) -> None:
         super().__init__(lab, name, "train.steps=100000", *overrides, ranks=ranks)
         self.reaches(1)
-        launcher = psutil.Process(self.launcher.pid)
-        self.processes = [launcher, *launcher.children(recursive=True)]
+        self.processes = self.family()
         self.by_role = {(line["role"], line["rank"]): line["pid"] for line in self.lines("processes.jsonl")}
         self.shared = shared_folders(list(self.by_role.values()))
         assert any(path.is_dir() for path in self.shared)
