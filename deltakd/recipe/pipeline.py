@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deltakd.base.errors import DeltaKDError, RunError
+from deltakd.base.errors import EXIT_STOPPED, DeltaKDError, RunError, Stopped
 from deltakd.base.rundir import RunDirectory, machine_facts, remove
 from deltakd.data.examples import ExampleCounts
 from deltakd.recipe.checks import check_every_stage, check_hub, check_paths
@@ -112,8 +112,8 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     try:
         _follow(process, directory, stage, recipe.train.steps, console)
     finally:
-        # Interrupted: the launcher's own ranks end with it (base/processes.py).
-        process.kill()
+        # Interrupted: its ranks keep their state and end, whether they hear of it or only miss their launcher.
+        process.terminate()
         process.wait()
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
     if process.returncode != 0 or not is_finished(directory, recipe):
@@ -149,7 +149,8 @@ def _failure(stage: str, log: Path, code: int) -> DeltaKDError:
     """Say why a stage failed: its own sentence if it left one, else where its log is."""
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
     if said:
-        return RunError(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
+        kind = Stopped if code == EXIT_STOPPED else RunError
+        return kind(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
     return RunError(f"stage {stage}: ended with exit code {code} before it was finished. Look at {log}.")
 
 
