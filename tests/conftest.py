@@ -73,9 +73,11 @@ class Lab:
     def command(
         self, *overrides: str, ranks: int | None = None, stage: str | None = None, port: int | None = None
     ) -> list[str]:
-        """Return the command of a training run: by deepspeed's launcher if `ranks` is given, else one plain process."""
+        """Return the command of a training run: by the engine's launcher if `ranks` is given, else one process."""
         meet = ["--master_port", str(port or free_port())]
         start = ["deepspeed", *meet, "--num_accelerators", str(ranks)] if ranks else [sys.executable]
+        if ranks and any("fsdp2" in override for override in overrides):
+            start = ["torchrun", *meet, "--nproc_per_node", str(ranks)]
         tail = ["--recipe", str(self.recipe), *(["--stage", stage] if stage else []), *overrides]
         return [*start, str(REPOSITORY / "launchers" / "train.py"), *tail]
 

@@ -1,12 +1,10 @@
-"""DeepSpeed ZeRO-3: weights, gradients and optimizer state sharded over the student ranks.
+"""DeepSpeed ZeRO: optimizer state, gradients and, in stage 3, weights sharded over the student ranks.
 
 DeepSpeed averages gradients over ranks and knows nothing of tokens, so the loss is weighted by ranks / tokens; the
 number of micro-batches varies from step to step, so the boundary is told by hand. AdamW is torch's own: DeepSpeed's
 take minutes to compile where there is no GPU.
 """
 
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from deltakd.base.errors import RunError
-from deltakd.base.ranks import Role, TorchWorld
+from deltakd.base.ranks import Role
 from deltakd.base.rundir import remove
 from deltakd.engine.protocol import (
     Optimizer,
@@ -40,67 +38,20 @@ def config(
     settings: DeepSpeedSettings, optimizer: Optimizer, dtype: str, num_ranks: int, other_ranks: bool = False
 ) -> dict[str, Any]:
     """Return the DeepSpeed configuration of a run; `other_ranks`: it goes on from what another number of them wrote."""
+    waiting = {"none": (), "optimizer": ("optimizer",), "all": ("optimizer", "param")}[settings.offload]
+    offloads = {f"offload_{what}": {"device": "cpu"} for what in waiting}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": num_ranks,
         "gradient_clipping": optimizer.max_grad_norm,
-        "zero_optimization": {"stage": settings.zero_stage},
+        "zero_optimization": {"stage": settings.zero_stage, **offloads},
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
         "checkpoint": {"load_universal": other_ranks},
         "steps_per_print": 10**12,
     }
-
-
-def join_students(role: Role) -> TorchWorld:
-    """Join the students' process group: teachers are launched with us but never belong to it.
-
-    Raises RunError if the rendezvous port is taken.
-    """
-    os.environ |= {
-        "RANK": str(role.rank),
-        "WORLD_SIZE": str(role.num_students),
-        "LOCAL_RANK": str(role.local_index),
-        "LOCAL_SIZE": str(role.num_local_students),
-        "LOCAL_WORLD_SIZE": str(role.num_local_students),
-    }
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if role.num_students == 1:
-        os.environ["MASTER_PORT"] = str(_free_port())
-    elif role.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
-    import deepspeed
-
-    # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a
-    # lock that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    try:
-        deepspeed.init_distributed(verbose=False)
-    except torch.distributed.DistNetworkError as error:
-        raise RunError(
-            f"launch: the students cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
-        ) from error
-    return TorchWorld("cpu" if torch.distributed.get_backend() == "gloo" else f"cuda:{role.local_index}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _refuse_taken_port(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise RunError(
-                f"launch: port {port} is taken on {socket.gethostname()}, so the students cannot meet. "
-                f"Start with another, as `deepspeed --master_port {port + 1} ...`."
-            ) from error
 
 
 class DeepSpeedEngine:
@@ -118,9 +69,10 @@ class DeepSpeedEngine:
         """`other_ranks`: `load_state` will be given what another number of ranks, or another stage, wrote."""
         import deepspeed
 
+        _adopt_group()
         self.device = device_name(role.local_index)
         self._module = module
-        self._num_ranks = role.num_students
+        self._num_ranks, self._stage = role.num_students, settings.zero_stage
         self._rank = role.rank
         module.train()
         groups = parameter_groups(
@@ -142,8 +94,11 @@ class DeepSpeedEngine:
 
     def grad_norm(self) -> float:
         """Return the norm of the whole gradient, from this rank's shard and the others'."""
-        from deepspeed.utils import safe_get_local_grad
+        from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 
+        if self._stage < 3:
+            whole = [safe_get_full_grad(parameter) for parameter in self._module.parameters()]
+            return total_norm([g for g in whole if g is not None])
         local = [safe_get_local_grad(parameter) for parameter in self._module.parameters()]
         square = torch.tensor(
             [total_norm([g for g in local if g is not None]) ** 2], dtype=torch.float64, device=self.device
@@ -216,12 +171,23 @@ def make_universal(saved: Path, folder: Path) -> None:
         )
 
 
+def _adopt_group() -> None:
+    """Have DeepSpeed use the students' process group."""
+    import deepspeed
+
+    # Used by nothing in training, and it costs a lot on a CPU: a C++ build of a minute or more at the first start, a
+    # lock that hangs every later build if that one is killed, and files that stay in /dev/shm after every run.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
 @contextmanager
 def sharded_loading(configuration: dict[str, Any]) -> Iterator[None]:
     """Have transformers shard a model over the students while it loads, so that no rank ever holds it whole."""
     from transformers.integrations import HfDeepSpeedConfig
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    _adopt_group()
     keep = HfDeepSpeedConfig(configuration)
     try:
         yield

@@ -6,14 +6,26 @@ from pydantic import Field
 
 from deltakd.base.settings import Settings
 
+Offload = Literal["none", "optimizer", "all"]
+
 
 class DeepSpeedSettings(Settings):
     """DeepSpeed ZeRO with AdamW: any number of student ranks."""
 
     name: Literal["deepspeed"]
-    zero_stage: Literal[3] = Field(
-        3, description="3 shards weights, gradients and optimizer state over the student ranks."
+    zero_stage: Literal[1, 2, 3] = Field(
+        3, description="What the student ranks share out: 1 optimizer state, 2 gradients as well, 3 weights as well."
     )
+    offload: Offload = Field(
+        "none", description="What waits in host memory: the optimizer's state, or weights as well (stage 3)."
+    )
+
+
+class Fsdp2Settings(Settings):
+    """PyTorch's FSDP2 with AdamW: any number of student ranks; shares out what ZeRO-3 does."""
+
+    name: Literal["fsdp2"]
+    offload: Literal["none", "all"] = Field("none", description="all: weights and optimizer state wait in host memory.")
 
 
 class SingleSettings(Settings):

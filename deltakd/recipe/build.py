@@ -5,6 +5,7 @@ models. Student ranks then build an engine, references and a stream; teacher ran
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -22,12 +23,12 @@ from deltakd.data.stream import Stream
 from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_name
-from deltakd.engine.settings import SingleSettings
+from deltakd.engine.settings import Fsdp2Settings, SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
 from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.load import ModelFacts, facts, identity, load_head, load_model, resolve
-from deltakd.models.settings import role_key
+from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
@@ -225,9 +226,9 @@ def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
 def _meet(recipe: Recipe, role: Role) -> World:
     if isinstance(recipe.engine, SingleSettings):
         return SoloWorld()
-    from deltakd.engine import deepspeed
+    from deltakd.engine.join import join_students
 
-    return deepspeed.join_students(role)
+    return join_students(role)
 
 
 def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engine:
@@ -239,20 +240,26 @@ def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engi
     if isinstance(recipe.engine, SingleSettings):
         from deltakd.engine.single import SingleEngine
 
-        module = _student_module(inputs)
+        module = _student_module(inputs, recipe.models)
         return SingleEngine(module, optimizer, device_name(role.local_index))
+    if isinstance(recipe.engine, Fsdp2Settings):
+        from deltakd.engine.fsdp2 import Fsdp2Engine
+
+        # Master weights in float32; the engine casts them for each layer's forward.
+        module = _student_module(inputs, recipe.models.model_copy(update={"dtype": "float32"}))
+        return Fsdp2Engine(module, recipe.engine, optimizer, recipe.models.dtype, role)
     from deltakd.engine import deepspeed
 
     others = saved is not None and saved.facts["num_ranks"] != role.num_students
     config = deepspeed.config(recipe.engine, optimizer, recipe.models.dtype, role.num_students, others)
-    with deepspeed.sharded_loading(config):
-        module = _student_module(inputs)
+    with deepspeed.sharded_loading(config) if recipe.engine.zero_stage == 3 else nullcontext():
+        module = _student_module(inputs, recipe.models)
     return deepspeed.DeepSpeedEngine(module, recipe.engine, optimizer, recipe.models.dtype, role, others)
 
 
-def _student_module(inputs: Inputs) -> StudentModule:
+def _student_module(inputs: Inputs, settings: ModelsSettings) -> StudentModule:
     recipe = inputs.recipe
-    model: Any = load_model(inputs.where("models.student.weights"), inputs.student, recipe.models)
+    model: Any = load_model(inputs.where("models.student.weights"), inputs.student, settings)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return StudentModule(model, objective(recipe.objective), recipe.data.layout, inputs.vocab_size)

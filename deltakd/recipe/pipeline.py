@@ -71,18 +71,32 @@ def train(
 def launch_command(
     recipe: Recipe, name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None
 ) -> list[str]:
-    """Return the command that starts a training: deepspeed over this machine's accelerators, or plain python."""
+    """Return the command that starts a training: the engine's launcher over this machine's accelerators."""
     if not (LAUNCHERS / "train.py").exists():
         raise RunError(f"{LAUNCHERS}: no launchers. Work in a checkout of the repository (`pip install -e .`).")
     tail = [str(LAUNCHERS / "train.py"), "--recipe", str(find_recipe(name)), *(["--stage", stage] if stage else [])]
     if recipe.engine.name == "single":
         return [sys.executable, *tail, *overrides]
-    beside = Path(sys.executable).with_name("deepspeed")
-    deepspeed = str(beside) if beside.exists() else shutil.which("deepspeed")
-    if deepspeed is None:
-        raise RunError("deepspeed: not found beside python. Run `pip install -r requirements.txt`.")
+    if recipe.engine.name == "fsdp2":
+        nodes = ["--standalone", "--nproc_per_node", str(num_processes or _num_accelerators())]
+        return [_program("torchrun"), *nodes, *tail, *overrides]
     count = ["--num_accelerators", str(num_processes)] if num_processes else []
-    return [deepspeed, *count, *tail, *overrides]
+    return [_program("deepspeed"), *count, *tail, *overrides]
+
+
+def _program(name: str) -> str:
+    """Return a launcher's path. Raises RunError if it is not installed."""
+    beside = Path(sys.executable).with_name(name)
+    program = str(beside) if beside.exists() else shutil.which(name)
+    if program is None:
+        raise RunError(f"{name}: not found beside python. Run `pip install -r requirements.txt`.")
+    return program
+
+
+def _num_accelerators() -> int:
+    import torch
+
+    return max(1, torch.accelerator.device_count())
 
 
 def launch_environment() -> dict[str, str]:

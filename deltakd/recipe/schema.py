@@ -9,14 +9,14 @@ from pydantic import Field, model_validator
 
 from deltakd.base.settings import Settings
 from deltakd.data.settings import DataSettings, TokenizerSettings, WorldSettings
-from deltakd.engine.settings import DeepSpeedSettings, SingleSettings
+from deltakd.engine.settings import DeepSpeedSettings, Fsdp2Settings, SingleSettings
 from deltakd.evaluate.settings import CompareSettings, EvaluationSettings
 from deltakd.losses.settings import ObjectiveSettings
 from deltakd.models.settings import ModelsSettings, NewModelSettings
 from deltakd.teacher.settings import ReferencesSettings, TeachersSettings
 from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSettings
 
-EngineSettings = Annotated[DeepSpeedSettings | SingleSettings, Field(discriminator="name")]
+EngineSettings = Annotated[DeepSpeedSettings | Fsdp2Settings | SingleSettings, Field(discriminator="name")]
 
 STAGE_KINDS = ("world", "tokenizer", "model", "train", "evaluate")
 
