@@ -1,6 +1,7 @@
 """The command line: `python -m deltakd VERB`, or `deltakd VERB` where the package is installed."""
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -140,6 +141,8 @@ def _dispatch(options: argparse.Namespace) -> None:
 def guarded(life: Callable[[], None]) -> int:
     """Live a process's life; a fault that its reader can act on becomes one sentence and exit code 2."""
     end_with_launchers()
+    for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels not ours
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         life()
     except DeltaKDError as error:

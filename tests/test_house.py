@@ -29,6 +29,7 @@ ADAPTERS = {
     "datasets": {"data/sources.py"},
     "rouge_score": {"evaluate/scores.py"},
     "wandb": {"train/records.py"},
+    "torchao": {"models/load.py"},
 }
 FILES = sorted((ROOT / "deltakd").rglob("*.py")) + sorted((ROOT / "launchers").rglob("*.py"))
 

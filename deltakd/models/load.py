@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -70,13 +71,18 @@ def resolve(where: str, settings: WeightsSettings) -> Path:
         )
 
 
-def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
-    """Load a causal language model in the run's dtype, in evaluation mode, on the CPU."""
+def load_model(where: str, folder: Path, settings: ModelsSettings, in_8bit: bool = False) -> nn.Module:
+    """Load a causal language model in the run's dtype, in evaluation mode, on the CPU.
+
+    `in_8bit` rounds every linear weight but the head's to 8 bit with one scale for each row; what flows through the
+    model stays in the run's dtype, so no document's numbers depend on its neighbours in a batch.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
+        special = {"quantization_config": _rounding()} if in_8bit else {}
         model: nn.Module
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -85,6 +91,7 @@ def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
             attn_implementation=settings.attention,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
+            **special,
         )
     # transformers fills what is missing with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
@@ -94,7 +101,14 @@ def load_model(where: str, folder: Path, settings: ModelsSettings) -> nn.Module:
     return model.eval()
 
 
-def facts(where: str, folder: Path) -> ModelFacts:
+def _rounding() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+def facts(where: str, folder: Path, in_8bit: bool = False) -> ModelFacts:
     """Read a model's facts from its config and the headers of its weights; costs milliseconds at any size."""
     from safetensors import safe_open
 
@@ -104,7 +118,7 @@ def facts(where: str, folder: Path) -> ModelFacts:
         file, name = _find_head(where, folder)
         with safe_open(file, framework="pt") as weights:
             head_rows = weights.get_slice(name).get_shape()[0]
-        return ModelFacts(str(folder), identity(folder), int(config["hidden_size"]), int(head_rows))
+        return ModelFacts(str(folder), identity(folder, in_8bit), int(config["hidden_size"]), int(head_rows))
 
 
 def load_head(where: str, folder: Path, dtype: torch.dtype, vocab_size: int) -> Tensor:
@@ -138,8 +152,11 @@ def _find_head(where: str, folder: Path) -> tuple[Path, str]:
     raise ModelError(f"{where}: {folder} has neither {HEAD} nor {EMBEDDING}. Write a causal language model's folder.")
 
 
-def identity(folder: Path) -> str:
-    """Hash a model's weights by sizes, headers and 64 samples of each file: any training changes all of them."""
+def identity(folder: Path, in_8bit: bool = False) -> str:
+    """Hash a model's weights by sizes, headers and 64 samples of each file: any training changes all of them.
+
+    Weights that are rounded as they are loaded are others, and say so.
+    """
     digest = hashlib.blake2b(digest_size=12)
     for file in sorted(folder.glob("*.safetensors")):
         size = file.stat().st_size
@@ -148,4 +165,4 @@ def identity(folder: Path) -> str:
             for sample in range(64):
                 weights.seek(size * sample // 64)
                 digest.update(weights.read(65536))
-    return digest.hexdigest()
+    return digest.hexdigest() + (" in 8 bit" if in_8bit else "")

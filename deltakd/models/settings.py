@@ -12,6 +12,10 @@ class WeightsSettings(Settings):
 
     weights: str = Field(description="A folder with config.json and *.safetensors, or a hub id.")
     revision: str | None = Field(None, description="A commit or tag on the hub.")
+    load_in_8bit: bool = Field(
+        False,
+        description="Frozen models only: linear weights in 8 bit, one scale a row; head and embedding stay whole.",
+    )
 
 
 class ModelsSettings(Settings):

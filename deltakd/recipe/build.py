@@ -101,7 +101,7 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
         key = where(f"{role_key(role)}.weights")
         folder = resolve(key, recipe.models.roles[role])
         refuse_foreign(key, tokenizer, load_tokenizer(str(folder), recipe.models.trust_remote_code))
-        frozen[role] = facts(key, folder)
+        frozen[role] = facts(key, folder, recipe.models.roles[role].load_in_8bit)
     heads = {"student": facts(student_key, student).head_rows} | {name: f.head_rows for name, f in frozen.items()}
     return Inputs(
         recipe, where, student, frozen, tokenizer, fingerprint(tokenizer), shared_vocabulary(heads, len(tokenizer))
@@ -126,7 +126,8 @@ def build_frozen(inputs: Inputs, device: str, names: frozenset[str]) -> FrozenMo
             continue
         if facts_.identity not in loaded:
             key = inputs.where(f"{role_key(role)}.weights")
-            model = load_model(key, Path(facts_.weights), inputs.recipe.models)
+            in_8bit = inputs.recipe.models.roles[role].load_in_8bit
+            model = load_model(key, Path(facts_.weights), inputs.recipe.models, in_8bit)
             loaded[facts_.identity] = model.requires_grad_(False).to(device)
         served[role] = loaded[facts_.identity]
     return FrozenModels(served, inputs.spec, objective(inputs.recipe.objective), inputs.recipe.seed)

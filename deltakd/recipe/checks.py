@@ -39,6 +39,7 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     """Raise RecipeError for settings that cannot hold together."""
     _check_root(recipe, where)
     _check_references(recipe, where)
+    _check_8bit(recipe, where)
     _check_payload(recipe, where)
     _check_serves(recipe, where)
     _check_lengths(recipe, where)
@@ -99,6 +100,14 @@ def _check_references(recipe: Recipe, where: Where) -> None:
         raise RecipeError(
             f"{where(role_key(role))}: missing, but the target {recipe.objective.target.name} reads it. "
             f"Write {name or role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
+        )
+
+
+def _check_8bit(recipe: Recipe, where: Where) -> None:
+    if recipe.models.student.load_in_8bit:
+        raise RecipeError(
+            f"{where('models.student.load_in_8bit')}: true, but the student is trained, and 8 bit cannot be. "
+            "Leave it out; a frozen model of the same weights is models.student_raw."
         )
 
 

@@ -29,8 +29,9 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     if changes and not run.changes(text, CHANGEABLE) and finished["steps"] < recipe.train.steps and has_some(run.path):
         return False  # it shall go on for more steps
     for role, before in finished["inputs"].items():
-        folder = Path(recipe.models.roles[role].weights).expanduser()
-        if folder.is_dir() and identity(folder) != before:
+        model = recipe.models.roles[role]
+        folder = Path(model.weights).expanduser()
+        if folder.is_dir() and identity(folder, model.load_in_8bit) != before:
             changes.append(f"{role_key(role)}: {folder} has been made anew since")
     if changes:
         raise RunError(

@@ -197,6 +197,10 @@ RAW = ("models.teacher_raw={weights: org/raw}", "objective.target=delta")
             "draws estimate forward_kl over all tokens",
         ),
         (("references.payload=sampled", "objective.support={top_p: 0.9}"), "not forward_kl on a support"),
+        (
+            ("models.student={weights: org/student, load_in_8bit: true}",),
+            "models.student.load_in_8bit: true, but the student is trained",
+        ),
         (("teachers.serves=[[teacher], [teacher]]",), "2 lists for 1 teacher ranks"),
         (("teachers.serves=[[techer]]",), "techer is no frozen model. Write some of"),
         (("teachers.serves=[[teacher]]", *RAW), "student_raw is missing, and nobody serves it"),
