@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="print it once")
     serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
     add_teacher_options(serve)
+    verbs.add_parser("shard")  # a worker of a teacher in several processes, which starts it; no verb of a user's
     add_bench(verbs)
     return main
 
@@ -79,7 +80,11 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--students", type=int, default=1, help="student ranks of this node; it ends when all have left"
     )
-    command.add_argument("--device", default="cuda:0", help="where it computes; the CPU where there is no GPU")
+    command.add_argument(
+        "--device",
+        default="cuda:0",
+        help="where it computes, first of its GPUs or all: cuda:0,cuda:1; the CPU where there is no GPU",
+    )
     command.add_argument("--run", metavar="DIR", help="join the run of this directory from any node that sees it")
     command.add_argument("--log", default="the terminal's", help=argparse.SUPPRESS)
 
@@ -129,6 +134,10 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.teachers import serve
 
         serve(load(options.recipe, options.overrides, options.stage), post(options))
+    elif options.verb == "shard":
+        from deltakd.teacher.shards import serve_shard
+
+        serve_shard(sys.stdin.buffer)
     else:
         from deltakd.recipe import pipeline
 

@@ -143,6 +143,6 @@ def use_threads() -> None:
     torch.set_num_threads(int(threads))
 
 
-def resident_bytes() -> int:
-    """Return this process's resident memory."""
-    return int(psutil.Process().memory_info().rss)
+def resident_bytes(pid: int | None = None) -> int:
+    """Return the resident memory of a process, by default of this one."""
+    return int(psutil.Process(pid).memory_info().rss)

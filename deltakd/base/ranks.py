@@ -4,7 +4,7 @@ Launchers (deepspeed, torchrun, srun) say where a process stands; `assign_role` 
 who serves, so every rank comes to the same answer without a message. Teachers never join the students' world.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -55,6 +55,15 @@ def read_placement(environ: Mapping[str, str]) -> Placement:
             "Start the same number of processes on every node."
         )
     return placement
+
+
+PLACEMENT = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+
+
+def forget_placement(environ: MutableMapping[str, str]) -> None:
+    """Remove what a launcher wrote of this process's place, for a process group that is none of the launcher's."""
+    for name in [name for name in environ if name.startswith(PLACEMENT)]:
+        del environ[name]
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def resolve(where: str, settings: WeightsSettings) -> Path:
         )
 
 
-def load_model(where: str, folder: Path, settings: ModelsSettings, in_8bit: bool = False) -> nn.Module:
+def load_model(
+    where: str, folder: Path, settings: ModelsSettings, in_8bit: bool = False, num_shards: int = 1
+) -> nn.Module:
     """Load a causal language model in the run's dtype, in evaluation mode, on the CPU.
 
     `in_8bit` rounds every linear weight but the head's to 8 bit with one scale for each row; what flows through the
-    model stays in the run's dtype, so no document's numbers depend on its neighbours in a batch.
+    model stays in the run's dtype, so no document's numbers depend on its neighbours in a batch. With `num_shards`
+    this process loads its part of a model that all processes of the torch.distributed group hold together, on its
+    accelerator; the head is whole on each.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -83,6 +88,7 @@ def load_model(where: str, folder: Path, settings: ModelsSettings, in_8bit: bool
     logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
         special = {"quantization_config": _rounding()} if in_8bit else {}
+        special |= {"distributed_config": _split(folder, num_shards)} if num_shards > 1 else {}
         model: nn.Module
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -106,6 +112,38 @@ def _rounding() -> Any:
     from transformers import TorchAoConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig(version=2))
+
+
+def _split(folder: Path, num_shards: int) -> Any:
+    from transformers import AutoConfig
+    from transformers.distributed import DistributedConfig
+
+    # Payloads read the head's weight. Without a forward of its own nothing would gather it, so it is not cut; nor is an
+    # embedding that it is tied to.
+    whole = [HEAD, *([EMBEDDING] if AutoConfig.from_pretrained(folder).tie_word_embeddings else [])]
+    return DistributedConfig(tp_size=num_shards, tp_plan={name.removesuffix(".weight"): "replicate" for name in whole})
+
+
+def refuse_unsplittable(where: str, folder: Path, num_shards: int, trust_remote_code: bool) -> None:
+    """Raise ModelError if transformers cannot split a model over so many processes; reads its config alone."""
+    from transformers import AutoConfig
+
+    with _one_sentence(where, str(folder)):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config(decoder=True)
+    if not config.base_model_tp_plan:
+        raise ModelError(
+            f"{where}: {folder} is a {config.model_type}, and transformers has no plan to split one over processes. "
+            "Write teachers.tensor_parallel: 1."
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    most = gcd(heads, kv_heads)
+    if most % num_shards:
+        fitting = ", ".join(str(number) for number in range(1, most + 1) if most % number == 0)
+        raise ModelError(
+            f"{where}: the {heads} attention heads and {kv_heads} key-value heads of {folder} do not split over "
+            f"{num_shards} processes. Write one of {fitting} as teachers.tensor_parallel."
+        )
 
 
 def facts(where: str, folder: Path, in_8bit: bool = False) -> ModelFacts:

@@ -27,7 +27,7 @@ from deltakd.engine.settings import Fsdp2Settings, SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
 from deltakd.losses.settings import must_stay_apart, needed_references
-from deltakd.models.load import ModelFacts, facts, identity, load_head, load_model, resolve
+from deltakd.models.load import ModelFacts, facts, identity, load_head, load_model, refuse_unsplittable, resolve
 from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
@@ -91,8 +91,10 @@ class Inputs:
 def read_inputs(recipe: Recipe, where: Where) -> Inputs:
     """Find models and tokenizers and refuse what does not fit together; loads no weights.
 
-    Raises ModelError for a missing model, a foreign tokenizer or a head that does not cover the tokenizer.
+    Raises ModelError for a missing model, a foreign tokenizer, a head that does not cover the tokenizer, or a model
+    that cannot be split as the recipe says.
     """
+    shards = recipe.teachers.tensor_parallel
     student_key = where("models.student.weights")
     student = resolve(student_key, recipe.models.student)
     tokenizer = load_tokenizer(str(student), recipe.models.trust_remote_code)
@@ -102,6 +104,8 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
         folder = resolve(key, recipe.models.roles[role])
         refuse_foreign(key, tokenizer, load_tokenizer(str(folder), recipe.models.trust_remote_code))
         frozen[role] = facts(key, folder, recipe.models.roles[role].load_in_8bit)
+        if shards > 1:
+            refuse_unsplittable(key, folder, shards, recipe.models.trust_remote_code)
     heads = {"student": facts(student_key, student).head_rows} | {name: f.head_rows for name, f in frozen.items()}
     return Inputs(
         recipe, where, student, frozen, tokenizer, fingerprint(tokenizer), shared_vocabulary(heads, len(tokenizer))
@@ -140,7 +144,8 @@ def terms(inputs: Inputs, launch: str) -> Terms:
     if not spec.keeps_models_apart:  # alpha travels with every request
         formed = recipe.objective.target.model_dump_json(exclude={"alpha", "schedule"})
         target = f"{formed}, temperature {recipe.objective.temperature:g}, seed {recipe.seed}"
-    return Terms(PROTOCOL, launch, inputs.fingerprint, spec.words, target, spec.layout, spec.vocab_size)
+    shards = recipe.teachers.tensor_parallel
+    return Terms(PROTOCOL, launch, inputs.fingerprint, spec.words, target, spec.layout, spec.vocab_size, shards)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
 from deltakd.recipe.build import (
     Inputs,
-    build_frozen,
     build_stream,
     frozen_facts,
     planned,
@@ -28,6 +27,7 @@ from deltakd.recipe.build import (
 )
 from deltakd.recipe.checks import check_paths, check_recipe
 from deltakd.recipe.load import load
+from deltakd.recipe.split import open_frozen
 from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key
 from deltakd.teacher.payloads import hidden_size
 from deltakd.teacher.references import asked_names
@@ -86,10 +86,10 @@ def _asked(inputs: Inputs, num_students: int) -> Iterator[Asked]:
 
 def _write(inputs: Inputs, writer: CacheWriter, missing: dict[Key, int], asked: Iterator[Asked]) -> None:
     device = device_name(0)
-    frozen = build_frozen(inputs, device, frozenset(inputs.frozen))
     console = Console(stderr=True)
     columns = (TextColumn("payloads"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    with open_frozen(inputs, "of the cache", device, frozenset(inputs.frozen)) as frozen, progress as bar:
         task = bar.add_task("payloads", total=len(missing))
         for key, batch, alpha, _ in asked:
             if missing.pop(key, None) is None:

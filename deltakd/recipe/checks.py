@@ -41,6 +41,7 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     _check_references(recipe, where)
     _check_8bit(recipe, where)
     _check_payload(recipe, where)
+    _check_tensor_parallel(recipe, where)
     _check_serves(recipe, where)
     _check_lengths(recipe, where)
     _check_schedule(recipe, where)
@@ -126,15 +127,42 @@ def _check_payload(recipe: Recipe, where: Where) -> None:
         )
 
 
+def _check_tensor_parallel(recipe: Recipe, where: Where) -> None:
+    shards, per_node = recipe.teachers.tensor_parallel, recipe.teachers.per_node
+    needed = needed_references(recipe.objective)
+    if shards == 1 or not needed:
+        return
+    key = where("teachers.tensor_parallel")
+    if per_node % shards:
+        raise RecipeError(
+            f"{key}: {per_node} processes of a node do not make teachers of {shards} each. "
+            f"Write teachers.per_node: {-(-per_node // shards) * shards}, or a number that divides {per_node}."
+        )
+    if recipe.references.source == "in_process":
+        raise RecipeError(
+            f"{key}: {shards}, but references.from: in_process loads whole models beside the student. "
+            "Write references.from: service, or 1."
+        )
+    for role in sorted(needed):
+        if recipe.models.roles[role].load_in_8bit:
+            raise RecipeError(
+                f"{where(f'{role_key(role)}.load_in_8bit')}: true, but teachers.tensor_parallel is {shards}, and "
+                "a model in 8 bit is not split. Leave one of them out."
+            )
+
+
 def _check_serves(recipe: Recipe, where: Where) -> None:
     teachers, needed = recipe.teachers, needed_references(recipe.objective)
     if teachers.serves is None or not needed:
         return
     key = where("teachers.serves")
-    if len(teachers.serves) != teachers.per_node:
+    count = teachers.per_node // teachers.tensor_parallel
+    if len(teachers.serves) != count:
+        split = (
+            f" ({teachers.per_node} processes, {teachers.tensor_parallel} each)" if count < teachers.per_node else ""
+        )
         raise RecipeError(
-            f"{key}: {len(teachers.serves)} lists for {teachers.per_node} teacher ranks of a node. "
-            "Write one list for each."
+            f"{key}: {len(teachers.serves)} lists for {count} teacher ranks of a node{split}. Write one list for each."
         )
     known = [role for role in recipe.models.roles if role != "student"]
     for name in sorted({name for names in teachers.serves for name in names} - set(known)):

@@ -77,15 +77,22 @@ def _supervisor(recipe: Recipe, run: RunDirectory, post: Post, wanted: Callable[
 
 
 def supervise(loaded: Loaded, post: Post) -> None:
-    """Keep a teacher rank running until the students of this node have left.
+    """Keep a teacher running until the students of this node have left, or hold a place in another rank's group.
 
+    Of `teachers.tensor_parallel` ranks in a row the first has the teacher, which starts its other processes itself.
     Raises TeacherError if its recipe cannot be served. If it cannot be started again the others go on without it.
     """
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
     launch = post.launch or launch_identity(run.path)
     wanted = _Wanted(SHARED_MEMORY, launch)
-    supervisor = _supervisor(recipe, run, replace(post, launch=launch), wanted)
+    index, place = divmod(post.index, recipe.teachers.tensor_parallel)
+    if place:  # what was launched here is its accelerator, for the first of the group
+        while run.finished() is None and wanted():  # one that is finished has no students to come
+            time.sleep(1)
+        return
+    post = replace(post, index=index, launch=launch)
+    supervisor = _supervisor(recipe, run, post, wanted)
     code = supervisor.run()
     if code == EXIT_USER_ERROR and supervisor.failed:
         raise TeacherError(f"teacher {post.index} {supervisor.failed}. Look at its log, {supervisor.log}.")

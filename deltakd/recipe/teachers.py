@@ -1,5 +1,6 @@
 """The frozen models' side of a run: what student ranks listen through, and the life of a teacher rank."""
 
+import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -8,21 +9,23 @@ from pathlib import Path
 import torch
 
 from deltakd.base.errors import RunError
-from deltakd.base.processes import launch_identity, use_threads
+from deltakd.base.processes import launch_identity, resident_bytes, use_threads
 from deltakd.base.ranks import Role
 from deltakd.base.rundir import SERVICE, STATUS, RunDirectory, write_json
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
 from deltakd.base.supervisor import pulse_from_environment
 from deltakd.losses.settings import needed_references
-from deltakd.recipe.build import Inputs, Service, build_arena, build_frozen, frozen_facts, read_inputs, terms
+from deltakd.recipe.build import Inputs, Service, build_arena, frozen_facts, read_inputs, terms
 from deltakd.recipe.checks import check_paths
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.schema import Recipe
+from deltakd.recipe.split import open_frozen
 from deltakd.recipe.supervise import Post, beside, wants_service
 from deltakd.teacher.addresses import Address, local_addresses, remote_addresses
 from deltakd.teacher.members import Front, Members
 from deltakd.teacher.messages import Welcome
+from deltakd.teacher.payloads import FrozenModels
 from deltakd.teacher.server import Offer, TeacherServer
 
 
@@ -44,7 +47,7 @@ def open_service(
     )
     failed: Callable[[], str | None] = _others_will_say
     if role.teachers_beside:  # entered before the sockets, so left after their Bye
-        post = Post(0, role.num_local_students, launch, "cuda:0")
+        post = Post(0, role.num_local_students, launch, ",".join(["cuda:0"] * teachers.tensor_parallel))
         alone = recipe.model_copy(update={"teachers": teachers.model_copy(update={"serves": None})})
         failed = stack.enter_context(beside(alone, run, post))
     if role.rank == 0:
@@ -81,7 +84,7 @@ def serve(loaded: Loaded, post: Post) -> None:
     inputs = read_inputs(recipe, loaded.where)
     with ExitStack() as stack:
         scratch, launch, find = _find_students(post, run, recipe, stack)
-        frozen = build_frozen(inputs, device, _served_names(recipe, post.index))
+        frozen = stack.enter_context(open_frozen(inputs, str(post.index), device, _served_names(recipe, post.index)))
         offer = Offer(
             frozen,
             {name: inputs.frozen[name].identity for name in frozen.models},
@@ -89,7 +92,7 @@ def serve(loaded: Loaded, post: Post) -> None:
             str(post.index),
             post.log,
         )
-        teachers = recipe.teachers
+        device, teachers = device.partition(",")[0], recipe.teachers
         server = stack.enter_context(
             TeacherServer(
                 offer, find, scratch, device, teachers.heartbeat_s, teachers.silent_s, pulse_from_environment()
@@ -97,10 +100,20 @@ def serve(loaded: Loaded, post: Post) -> None:
         )
         server.serve(
             teachers.start_s,
-            on_first=lambda: run.record_process("teacher", post.index, device, list(frozen.models)),
+            on_first=lambda: _record(run, post.index, device, frozen),
         )
         counts = ", ".join(f"{name} {number:,}" for name, number in sorted(server.counts.items()))
         print(f"teacher {post.index}: {counts or 'nothing was asked'}", flush=True)
+
+
+def _record(run: RunDirectory, index: int, device: str, frozen: FrozenModels) -> None:
+    """Write down that this teacher takes part; of one in several processes there is a line for each, by its shard."""
+    models, group = list(frozen.models), frozen.group
+    run.record_process("teacher", index, device, models)
+    for shard, (pid, where) in enumerate(group.others() if group else [], start=1):
+        facts = {"pid": pid, "role": "teacher", "rank": index, "host": socket.gethostname(), "device": where}
+        held = {"models": models, "heads": [], "memory_bytes": resident_bytes(pid), "shard": shard}
+        run.append("processes.jsonl", facts | held)
 
 
 def _find_students(

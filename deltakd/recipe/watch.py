@@ -97,7 +97,7 @@ def _queues(statuses: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[s
     rate = (
         f"{sum(step['num_tokens'] for step in recent) / spent:,.0f} tokens/s over {len(recent)} steps" if spent else ""
     )
-    starts = sum(line["role"] == "teacher" for line in run.read_lines("processes.jsonl"))
+    starts = sum(line["role"] == "teacher" and not line.get("shard") for line in run.read_lines("processes.jsonl"))
     table.caption = (
         f"{rate}; teachers have started {starts} times\n"
         "open: asked; unasked: nobody is there; kept: slots of a silent teacher; again: asked of another"

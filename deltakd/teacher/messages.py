@@ -19,7 +19,7 @@ import msgspec
 
 from deltakd.base.errors import TeacherError
 
-PROTOCOL = 2
+PROTOCOL = 3
 MAX_MESSAGE_BYTES = 64 * 2**20
 
 
@@ -33,6 +33,7 @@ class Terms(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     objective: str  # of a payload that fixes the target; empty for one that keeps the models apart
     layout: str
     vocab_size: int
+    tensor_parallel: int = 1  # sums in another order are other numbers
 
 
 class Join(msgspec.Struct, tag=True, frozen=True, forbid_unknown_fields=True):

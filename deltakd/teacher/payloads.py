@@ -10,9 +10,9 @@ Shapes: N supervised positions of a batch, V shared vocabulary, H hidden size, k
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -91,6 +91,16 @@ def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGN) * _ALIGN
 
 
+class Together(Protocol):
+    """The other processes that hold a part of the same models."""
+
+    def forward(self, role: str, batch: Batch, run: Callable[[], Tensor]) -> Tensor:
+        """Return what `run`, a model's forward here, gives while the others do their parts of it."""
+
+    def others(self) -> Sequence[tuple[int, str]]:
+        """Return pid and device of each of them."""
+
+
 @dataclass(frozen=True)
 class FrozenModels:
     """The frozen models of a process, and how a payload is formed from them."""
@@ -99,6 +109,7 @@ class FrozenModels:
     spec: PayloadSpec
     objective: Objective
     seed: int = 0
+    group: Together | None = None  # where this process holds a part of them
 
     def hidden_size(self, name: str) -> int:
         """Return the width of a model's hidden states; 0 for the target, which has none."""
@@ -139,12 +150,12 @@ class FrozenModels:
     def _form(self, name: str, batch: Batch, alpha: float, digest: bytes) -> list[Tensor]:
         precision = getattr(torch, self.spec.dtype)
         if name != TARGET:
-            hidden_NH = supervised_hidden(self.models[name], batch, self.spec.layout)
+            hidden_NH = self._hidden(name, batch)
             if self.spec.kind == "logits":
                 hidden_NH = hidden_NH @ head_weight(self.models[name])[: self.spec.vocab_size].T
             return [hidden_NH.to(precision)]
         weights = {role: weight for role, weight in self.objective.at(alpha).weights[0].items() if weight}
-        hidden = {role: supervised_hidden(self.models[role], batch, self.spec.layout) for role in weights}
+        hidden = {role: self._hidden(role, batch) for role in weights}
         chunks = []
         generator = torch.Generator(device=batch.tokens.device).manual_seed(_seed(self.seed, digest))
         for start in range(0, len(batch.supervised), _CHUNK_TOKENS):
@@ -154,6 +165,12 @@ class FrozenModels:
             assert summed is not None  # a point mixes at least one model
             chunks.append(self._say(summed, generator))
         return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
+
+    def _hidden(self, role: str, batch: Batch) -> Tensor:
+        def run() -> Tensor:
+            return supervised_hidden(self.models[role], batch, self.spec.layout)
+
+        return run() if self.group is None else self.group.forward(role, batch, run)
 
     def _logits(self, role: str, hidden_nH: Tensor) -> Tensor:
         return (hidden_nH @ head_weight(self.models[role])[: self.spec.vocab_size].T).float()

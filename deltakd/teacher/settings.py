@@ -31,8 +31,13 @@ class TeachersSettings(Settings):
     """The teacher ranks, and how students deal with them."""
 
     per_node: int = Field(1, gt=0, description="How many processes of a node serve; the others train.")
+    tensor_parallel: int = Field(
+        1,
+        gt=0,
+        description="Over how many of these processes, and their accelerators, each teacher's models are split.",
+    )
     serves: list[list[str]] | None = Field(
-        None, description="The models of each teacher rank of a node; null: all of them on every one."
+        None, description="The models of each teacher of a node; null: all of them on every one."
     )
     look_ahead: int = Field(2, ge=0, description="Micro-batches requested beyond the one in training.")
     start_s: float = Field(600.0, gt=0, description="How long a teacher may take to load its models and join.")

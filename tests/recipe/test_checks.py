@@ -201,6 +201,26 @@ RAW = ("models.teacher_raw={weights: org/raw}", "objective.target=delta")
             ("models.student={weights: org/student, load_in_8bit: true}",),
             "models.student.load_in_8bit: true, but the student is trained",
         ),
+        (
+            ("teachers.tensor_parallel=2", "teachers.per_node=3"),
+            "3 processes of a node do not make teachers of 2 each. Write teachers.per_node: 4",
+        ),
+        (
+            ("teachers.tensor_parallel=2", "teachers.per_node=4", "teachers.serves=[[teacher]]"),
+            "1 lists for 2 teacher ranks of a node (4 processes, 2 each)",
+        ),
+        (
+            ("teachers.tensor_parallel=2", "teachers.per_node=2", "references.from=in_process"),
+            "teachers.tensor_parallel: 2, but references.from: in_process loads whole models",
+        ),
+        (
+            (
+                "teachers.tensor_parallel=2",
+                "teachers.per_node=2",
+                "models.teacher={weights: org/teacher, load_in_8bit: true}",
+            ),
+            "models.teacher.load_in_8bit: true, but teachers.tensor_parallel is 2",
+        ),
         (("teachers.serves=[[teacher], [teacher]]",), "2 lists for 1 teacher ranks"),
         (("teachers.serves=[[techer]]",), "techer is no frozen model. Write some of"),
         (("teachers.serves=[[teacher]]", *RAW), "student_raw is missing, and nobody serves it"),

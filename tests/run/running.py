@@ -61,7 +61,15 @@ class Running:
 
     def teachers(self, alive=True):
         """Return the pids of its teachers in the order in which they came."""
-        pids = [line["pid"] for line in self.lines("processes.jsonl") if line["role"] == "teacher"]
+        return self._pids(lambda line: not line.get("shard"), alive)
+
+    def workers(self, alive=True):
+        """Return the pids of the other processes of teachers that are split, in the order in which they came."""
+        return self._pids(lambda line: line.get("shard"), alive)
+
+    def _pids(self, wanted, alive):
+        lines = [line for line in self.lines("processes.jsonl") if line["role"] == "teacher"]
+        pids = [line["pid"] for line in lines if wanted(line)]
         return [pid for pid in pids if not alive or psutil.pid_exists(pid)]
 
     def has_had_teachers(self, count):

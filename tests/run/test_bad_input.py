@@ -67,6 +67,10 @@ CASES = {
         ["models.teacher.weights={folder}/truncated"],
         r"models\.teacher\.weights: .*cannot be loaded",
     ),
+    "heads that do not split": (
+        ["teachers.tensor_parallel=4", "teachers.per_node=4"],
+        r"models\.student_raw\.weights: .*2 key-value heads of .* over 4 processes",
+    ),
     "a model without a tokenizer": (["models.student.weights={folder}/mute"], r"mute: holds no tokenizer"),
     "a head that is not finite": (
         ["models.teacher.weights={folder}/nan"],

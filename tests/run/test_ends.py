@@ -29,7 +29,8 @@ class LongRun(Running):
         super().__init__(lab, name, "train.steps=100000", *overrides, ranks=ranks)
         self.reaches(1)
         self.processes = self.family()
-        self.by_role = {(line["role"], line["rank"]): line["pid"] for line in self.lines("processes.jsonl")}
+        leading = [line for line in self.lines("processes.jsonl") if not line.get("shard")]
+        self.by_role = {(line["role"], line["rank"]): line["pid"] for line in leading}
         self.shared = shared_folders(list(self.by_role.values()))
         assert any(path.is_dir() for path in self.shared)
 
@@ -51,22 +52,29 @@ class LongRun(Running):
         (3, "teacher"),
         (3, "supervisor"),
         (None, "student"),
+        (3, "worker"),
+        pytest.param(None, "split student", marks=pytest.mark.soak),
     ],
 )
 def test_killing_any_process_ends_all(lab, ranks, victim):
-    final = ["teachers.restarts=0", "teachers.give_up_s=2"] if victim == "teacher" else []
-    running = LongRun(lab, f"killed_{ranks or 0}_{victim.replace('.', '_')}", ranks, *final)
+    """Worker, split: with a teacher in two processes, beside the student or where they were launched."""
+    final = ["teachers.restarts=0", "teachers.give_up_s=2"] if victim in ("teacher", "worker") else []
+    split = ["teachers.per_node=2", "teachers.tensor_parallel=2"] if victim in ("worker", "split student") else []
+    name = f"killed_{ranks or 0}_{victim.replace('.', '_').replace(' ', '_')}"
+    running = LongRun(lab, name, ranks, *final, *split)
     try:
         pid = {
             "launcher": running.launcher.pid,
             "launch.py": next((p.pid for p in running.processes if "deepspeed.launcher.launch" in p.cmdline()), None),
             "student": running.by_role["student", 0],
             "teacher": running.by_role["teacher", 0],
+            "split student": running.by_role["student", 0],
+            "worker": next(iter(running.workers()), None),
             "supervisor": psutil.Process(running.by_role["teacher", 0]).ppid(),
         }[victim]
         psutil.Process(pid).kill()
         running.ends_clean()
-        if victim == "teacher":
+        if final:
             assert running.processes[0].returncode == 2  # psutil has waited for it already
             (said,) = running.said()
             assert "teacher 0" in said and "Look at its log" in said, said

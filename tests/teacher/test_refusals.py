@@ -47,6 +47,7 @@ from tests.teacher.contract import (
         ),
         (terms(PayloadSpec("hidden", "float32", "padded", 300)), "layout: padded there, packed here"),
         (terms(PayloadSpec("hidden", "float32", "packed", 299)), "vocab_size: 299 there, 300 here"),
+        (msgspec.structs.replace(terms(), tensor_parallel=2), "tensor_parallel: 2 there, 1 here"),
         (msgspec.structs.replace(terms(), protocol=1), f"protocol: 1 there, {PROTOCOL} here"),
         (terms(wanted="alpha 1"), "objective: alpha 1 there,  here"),
     ],
