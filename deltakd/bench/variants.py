@@ -20,7 +20,8 @@ from deltakd.base.ranks import Placement, assign_role
 from deltakd.base.rundir import machine_facts
 from deltakd.bench.probabilities import faults
 from deltakd.losses.settings import VARIANTS
-from deltakd.recipe.build import build_parts, read_examples, read_inputs
+from deltakd.recipe.build import build_parts
+from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.train.loop import train
 from deltakd.train.step import StepRecord

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from deltakd.data.packing import pack
 from deltakd.models.forward import supervised_hidden
-from deltakd.recipe.build import build_frozen, read_examples, read_inputs
+from deltakd.recipe.build import build_frozen
+from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
 
 NUM_EXAMPLES = 16

@@ -16,16 +16,9 @@ from deltakd.base.ranks import Placement, assign_role
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
-from deltakd.recipe.build import (
-    Inputs,
-    build_stream,
-    frozen_facts,
-    planned,
-    read_examples,
-    read_inputs,
-    terms,
-)
+from deltakd.recipe.build import build_stream, frozen_facts, planned, terms
 from deltakd.recipe.checks import check_paths, check_recipe
+from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.recipe.split import open_frozen
 from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key

@@ -8,7 +8,7 @@ from deltakd.base.errors import RunError
 from deltakd.base.rundir import CHANGEABLE, RunDirectory
 from deltakd.models.load import identity
 from deltakd.models.settings import role_key
-from deltakd.recipe.build import Inputs
+from deltakd.recipe.inputs import Inputs
 from deltakd.recipe.load import dump_recipe
 from deltakd.recipe.schema import Recipe
 from deltakd.train.checkpoints import Saved, has_some, newest, remove_unfinished

@@ -8,7 +8,8 @@ import torch
 from deltakd.base.errors import RunError
 from deltakd.losses.objectives import objective
 from deltakd.models.settings import role_key
-from deltakd.recipe.build import Inputs, build_frozen
+from deltakd.recipe.build import build_frozen
+from deltakd.recipe.inputs import Inputs
 from deltakd.teacher.payloads import FrozenModels
 from deltakd.teacher.shards import Job, ShardGroup
 

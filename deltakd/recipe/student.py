@@ -8,9 +8,10 @@ from deltakd.base.ranks import Role
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.data.examples import ExampleSet
-from deltakd.recipe.build import Inputs, build_parts, facts_of_run, read_examples, read_inputs
+from deltakd.recipe.build import build_parts, facts_of_run
 from deltakd.recipe.checks import check_paths
 from deltakd.recipe.finished import find_checkpoint, identities, is_finished
+from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.teachers import open_service
 from deltakd.train.checkpoints import Saved, agree
