@@ -13,7 +13,7 @@ being written. Where the data stands is the step's number alone (data/stream.py)
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file
 from deltakd.base.errors import RunError
 from deltakd.base.ranks import World
 from deltakd.base.rundir import remove, write_json
+from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
 from deltakd.train.settings import CheckpointsSettings
 
 FOLDER = "checkpoints"
+FAULTY = "faulty"  # micro-batches of a step whose loss or gradient was not finite
 _PREFIX = "step-"
 _READ = 2**20
 
@@ -110,6 +112,15 @@ class Checkpoints:
         self.world.barrier()
         self._newest = step
         return folder
+
+    def keep_batches(self, step: int, batches: Sequence[PackedBatch]) -> None:
+        """Write this rank's micro-batches of a step that went wrong, for whoever looks into it."""
+        arrays = {
+            f"{index}.{name}": array for index, batch in enumerate(batches) for name, array in vars(batch).items()
+        }
+        folder = self.directory / FAULTY
+        folder.mkdir(exist_ok=True)
+        save_file(arrays, folder / f"{_PREFIX}{step:08}-rank-{self.world.rank}.safetensors")
 
     def _write(self, part: Path, step: int) -> None:
         rank, size = self.world.rank, self.world.size

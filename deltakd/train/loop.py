@@ -58,6 +58,8 @@ def train(parts: TrainParts, write: Callable[[StepRecord], None]) -> None:
         except Halt as halt:
             raise _kept(parts, step - 1, halt.reason) from None
         except NotFinite as error:
+            if parts.checkpoints is not None:
+                parts.checkpoints.keep_batches(step, batches)
             raise _kept(parts, step - 1, error) from None
         if parts.world.rank == 0:
             write(record)

@@ -20,10 +20,10 @@ class TrainSettings(Settings):
     examples_per_micro_batch: int | None = Field(None, gt=0, description="Most examples at once; null: as many as fit.")
     learning_rate: float = Field(gt=0, le=1000)
     min_learning_rate_ratio: float = Field(
-        0.1, ge=0, le=1, description="Where cosine ends, as a share of learning_rate."
+        0.1, ge=0, le=1, description="Where cosine and linear end, as a share of learning_rate."
     )
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = Field(0.0, ge=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)

@@ -136,5 +136,5 @@ def require_finite(step: int, loss: float, grad_norm: float) -> None:
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise NotFinite(
             f"step {step}: loss {loss}, gradient norm {grad_norm}; the weights were not updated. "
-            "Lower train.learning_rate, or look at the data of this step."
+            "Its micro-batches lie in faulty/. Look at them, or start a run with a lower train.learning_rate."
         )

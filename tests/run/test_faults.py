@@ -172,10 +172,11 @@ def test_fifty_runs_killed_at_random_moments_leave_nothing(lab):
     draw, before, tally = random.Random(0), set(Path("/dev/shm").iterdir()), []
     for number in range(50):
         ranks = draw.choice([None, 1, 3])
-        running = Running(lab, f"random_{number}", "train.steps=100000", ranks=ranks)
-        time.sleep(draw.uniform(0.5, 20))
-        family = [psutil.Process(running.launcher.pid)]
-        family += family[0].children(recursive=True)
+        running = Running(lab, f"random_{number}", "train.steps=100000", "checkpoints.every_steps=5", ranks=ranks)
+        if draw.random() < 0.6:  # in the middle of training; the others while they start
+            running.reaches(draw.randint(1, 30))
+        time.sleep(draw.uniform(0, 5))
+        family = running.family()
         # The janitor's own death leaves what the next start on the node sweeps: tests/base/test_scratch.py.
         targets = [process for process in family if "-S" not in cmdline(process)]
         victims = targets if draw.random() < 0.3 else [draw.choice(targets)]

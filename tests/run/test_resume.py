@@ -190,3 +190,20 @@ def test_a_full_disk_costs_no_checkpoint(lab, plain):
         assert checkpoints(folder.parent) == [kept(3)], done.stderr
         subprocess.run(["mount", "-o", "remount,size=50000000", str(folder)], check=True)
         assert Running(lab, "full", *settings).ends() == plain
+
+
+def test_a_gradient_that_is_not_finite_keeps_its_batch_and_the_step_before(lab):
+    """Twice: the same command goes on from the step before, and meets the same numbers."""
+    said = []
+    for _ in range(2):
+        done = lab.run(*lab.command("run=overflow", f"train.steps={STEPS}", *PLAIN, "train.learning_rate=30.0"))
+        assert done.returncode == 2
+        said += [line for line in done.stderr.splitlines() if line.startswith("deltakd: ")]
+    run, last = lab.folder / "runs" / "overflow", len(lab.lines("overflow", "steps.jsonl"))
+    assert len(said) == 2 and said[0] == said[1] and f"step {last + 1}: loss" in said[0], said
+    assert checkpoints(run) == [kept(last)] and kept(last) in said[0]
+    (faulty,) = (run / "faulty").iterdir()
+    batch = load_file(faulty)
+    assert faulty.name == f"{kept(last + 1)}-rank-0.safetensors" and len(batch["0.labels"]) == len(
+        batch["0.supervised"]
+    )

@@ -100,7 +100,7 @@ def test_a_step_of_many_micro_batches_is_the_step_of_one(lab):
             torch.testing.assert_close(mine, whole, rtol=1e-4, atol=1e-5)
 
 
-@given(warmup=st.integers(0, 19), floor=st.floats(0, 1), kind=st.sampled_from(["cosine", "constant"]))
+@given(warmup=st.integers(0, 19), floor=st.floats(0, 1), kind=st.sampled_from(["cosine", "linear", "constant"]))
 def test_the_rate_rises_to_its_peak_then_never_rises_and_ends_at_its_floor(warmup, floor, kind):
     settings = TrainSettings(**SETTINGS, warmup_steps=warmup, schedule=kind, min_learning_rate_ratio=floor)
     rates = [schedule(settings)(number) for number in range(1, 21)]
@@ -111,3 +111,5 @@ def test_the_rate_rises_to_its_peak_then_never_rises_and_ends_at_its_floor(warmu
     assert rates[-1] == pytest.approx(0.5 if kind == "constant" else 0.5 * floor)
     if warmup:
         assert rates[0] == pytest.approx(0.5 / warmup)
+    elif kind == "linear":
+        assert all(a - b == pytest.approx(rates[0] - rates[1]) for a, b in pairwise(rates))
