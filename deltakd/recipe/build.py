@@ -231,6 +231,7 @@ def _service_settings(recipe: Recipe) -> ServiceSettings:
         answer_s=teachers.answer_s,
         give_up_s=teachers.give_up_s,
         max_tokens=recipe.train.tokens_per_micro_batch,
+        slots=teachers.slots,
     )
 
 

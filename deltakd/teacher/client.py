@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.base.errors import Stopped, TeacherError
+from deltakd.base.errors import RunError, Stopped, TeacherError
 from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
 from deltakd.teacher.accounts import Accounts
@@ -51,6 +51,7 @@ class ServiceSettings:
     answer_s: float
     give_up_s: float
     max_tokens: int
+    slots: int | None = None
 
 
 def make_arena(
@@ -59,11 +60,16 @@ def make_arena(
     """Allocate a student rank's slots: one per payload for every batch that can be in flight, and one batch's more.
 
     Those are for requests that are asked again while a silent teacher keeps a slot. Raises RunError if shared memory
-    cannot hold them.
+    cannot hold them, or if the settings' number holds no batch.
     """
     names = asked_names(spec, models)
     most = max(spec.num_bytes(settings.max_tokens, hidden_size(name, models)) for name in names)
-    num_slots = (settings.look_ahead + 2) * len(names)
+    num_slots = settings.slots or (settings.look_ahead + 2) * len(names)
+    if num_slots < len(names):
+        raise RunError(
+            f"teachers.slots: {num_slots} hold no micro-batch, which has {len(names)} payloads ({', '.join(names)}). "
+            f"Write {len(names)} or more, or null."
+        )
     return Arena(scratch / f"arena-{student_rank}", slot_bytes_for(most), num_slots, owner=True)
 
 
@@ -193,14 +199,15 @@ class ServiceReferences:
         if is_dead:
             for number in [number for number, (holder, _) in self._kept.items() if holder is member]:
                 self._free.append(self._kept.pop(number)[1])
-        for number in [number for number, request in self._open.items() if request.member is member]:
+        owed = [number for number, request in self._open.items() if request.member is member]
+        for number in reversed(owed):  # to the head of the queue: with few slots, later batches would hold them all
             request = self._open.pop(number)
             if is_dead:
                 self._free.append(request.score.slot)
             else:
                 self._kept[number] = (member, request.score.slot)
             request.member, request.since = None, time.monotonic()
-            self._waiting.append(request)
+            self._waiting.appendleft(request)
             self.counts["asked_again"] += 1
 
     def _give_up_in_time(self, request: Request, now: float) -> None:

@@ -40,6 +40,12 @@ class TeachersSettings(Settings):
         None, description="The models of each teacher of a node; null: all of them on every one."
     )
     look_ahead: int = Field(2, ge=0, description="Micro-batches requested beyond the one in training.")
+    slots: int | None = Field(
+        None,
+        gt=0,
+        description="Payloads that a student rank holds in shared memory at once; null: those of look_ahead + 2 "
+        "micro-batches. Fewer take less memory, and requests wait for a free one.",
+    )
     start_s: float = Field(600.0, gt=0, description="How long a teacher may take to load its models and join.")
     answer_s: float = Field(300.0, gt=0, description="How long one answer may take before another teacher is asked.")
     heartbeat_s: float = Field(1.0, gt=0, description="How often a teacher says that it lives.")

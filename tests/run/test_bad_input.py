@@ -82,6 +82,7 @@ CASES = {
         ["train.tokens_per_micro_batch=900000000", "train.tokens_per_step=900000000", "references.payload=logits"],
         r"/dev/shm/deltakd-\w+: the slots need [\d,.]+ MiB, [\d,.]+ MiB are free\. Lower ",
     ),
+    "too few slots": (["teachers.slots=2", "references.payload=hidden"], r"teachers\.slots: 2 hold no micro-batch"),
     "two students of an engine for one": (["engine={name: single}"], r"engine\.name: single trains in one process"),
 }
 

@@ -140,3 +140,15 @@ def test_a_run_whose_models_were_made_anew_is_refused_rather_than_taken_for_fini
     save_file({name: 2 * weight for name, weight in other.items()}, weights / "model.safetensors", {"format": "pt"})
     again = lab.run(*lab.command(*overrides))
     assert again.returncode == 2 and "models.teacher: " in again.stderr and "has been made anew since" in again.stderr
+
+
+def test_a_full_shared_memory_is_told_before_the_first_step_and_nothing_stays(lab):
+    """A real one, of 128 KiB, where this machine lets us mount it over /dev/shm for one run."""
+    own = 'mount -t tmpfs -o size=128k tmpfs /dev/shm && { "$@"; code=$?; until [ -z "$(ls -A /dev/shm)" ]; do sleep 0.1; done; exit $code; }'
+    namespace = ["unshare", "--mount", "sh", "-c", own, "sh"]
+    if subprocess.run([*namespace, "true"], capture_output=True).returncode:
+        pytest.skip("no shared memory of its own: mounting one needs root")
+    done = lab.run(*namespace, *lab.command("run=full_shm"))
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("deltakd: ")]
+    assert done.returncode == 2 and "the slots need" in said and "MiB are free" in said, done.stderr
+    assert not (lab.folder / "runs" / "full_shm" / "steps.jsonl").exists()

@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from deltakd.base.errors import TeacherError
+from deltakd.base.errors import RunError, TeacherError
 from deltakd.losses import objective
 from deltakd.teacher.client import ServiceReferences
 from deltakd.teacher.messages import (
     Alive,
+    Leave,
+    Score,
     Scored,
     Welcome,
     decode,
@@ -61,6 +63,26 @@ def test_a_silent_teacher_s_requests_go_to_another_and_its_slots_wait_for_its_la
             while late.slot not in service._free:
                 service._look(0.1)
             assert service.counts["refused_late"] == 1
+
+
+def test_few_slots_make_requests_wait_and_those_asked_again_come_first(tmp_path, models):
+    """Two slots for two models: were a lost request asked last, later batches would hold both, and nothing end."""
+    settings, both = replace(SETTINGS, slots=2), ("teacher", "teacher_raw")
+    served = {name: models[name] for name in both}
+    with listening(tmp_path, both, settings=settings) as (members, arena, facts), teacher_by_hand(tmp_path) as gone:
+        assert arena.num_slots == 2
+        gone.send(encode(join(models=dict.fromkeys(both, "w1"))))
+        service = ServiceReferences(members, arena, facts, {}, SPEC, settings)
+        first, *_ = [service._ask(*pair) for pair in batches(3)]
+        assert [type(decode(gone.recv())) for _ in range(3)] == [Welcome, Score, Score]
+        gone.send(encode(Leave()))
+        with serving(tmp_path, served, name="1"):
+            while service.counts["scored"] != 2:
+                service._look(0.1)
+            assert all(request.answered for request in first)
+    with pytest.raises(RunError, match=r"teachers\.slots: 1 hold no micro-batch, which has 2 payloads"):
+        with listening(tmp_path, both, settings=replace(SETTINGS, slots=1)):
+            pass
 
 
 def test_when_nobody_is_left_the_run_stops_and_says_who_it_was_and_where_its_log_is(tmp_path):
