@@ -144,7 +144,9 @@ def test_a_run_whose_models_were_made_anew_is_refused_rather_than_taken_for_fini
 
 def test_a_full_shared_memory_is_told_before_the_first_step_and_nothing_stays(lab):
     """A real one, of 128 KiB, where this machine lets us mount it over /dev/shm for one run."""
-    own = 'mount -t tmpfs -o size=128k tmpfs /dev/shm && { "$@"; code=$?; until [ -z "$(ls -A /dev/shm)" ]; do sleep 0.1; done; exit $code; }'
+    mount = "mount -t tmpfs -o size=128k tmpfs /dev/shm"
+    empty = 'until [ -z "$(ls -A /dev/shm)" ]; do sleep 0.1; done'
+    own = f'{mount} && {{ "$@"; code=$?; {empty}; exit $code; }}'
     namespace = ["unshare", "--mount", "sh", "-c", own, "sh"]
     if subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no shared memory of its own: mounting one needs root")
