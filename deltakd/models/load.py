@@ -88,7 +88,7 @@ def load_model(
     logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
         special = {"quantization_config": _rounding()} if in_8bit else {}
-        special |= {"distributed_config": _split(folder, num_shards)} if num_shards > 1 else {}
+        special |= {"distributed_config": _split(folder, settings, num_shards)} if num_shards > 1 else {}
         model: nn.Module
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -114,13 +114,14 @@ def _rounding() -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig(version=2))
 
 
-def _split(folder: Path, num_shards: int) -> Any:
+def _split(folder: Path, settings: ModelsSettings, num_shards: int) -> Any:
     from transformers import AutoConfig
     from transformers.distributed import DistributedConfig
 
     # Payloads read the head's weight. Without a forward of its own nothing would gather it, so it is not cut; nor is an
     # embedding that it is tied to.
-    whole = [HEAD, *([EMBEDDING] if AutoConfig.from_pretrained(folder).tie_word_embeddings else [])]
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    whole = [HEAD, *([EMBEDDING] if config.tie_word_embeddings else [])]
     return DistributedConfig(tp_size=num_shards, tp_plan={name.removesuffix(".weight"): "replicate" for name in whole})
 
 

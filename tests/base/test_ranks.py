@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deltakd.base.errors import RunError
-from deltakd.base.ranks import Placement, assign_role, read_placement
+from deltakd.base.ranks import Placement, assign_role, forget_placement, read_placement
 
 
 def roles(num_nodes: int, per_node: int, teachers: int):
@@ -53,3 +53,10 @@ def test_every_launcher_s_words_are_understood(environment):
 
 def test_a_process_that_no_launcher_started_is_alone():
     assert read_placement({}) == Placement(0, 1, 0, 1)
+
+
+def test_a_process_that_forgets_its_launcher_s_words_keeps_all_others():
+    written = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none"}
+    environment = {**written, "CUDA_VISIBLE_DEVICES": "0,1", "PATH": "/bin"}
+    forget_placement(environment)
+    assert environment == {"CUDA_VISIBLE_DEVICES": "0,1", "PATH": "/bin"}
