@@ -18,7 +18,7 @@ from deltakd.recipe.load import load
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-START = re.compile(r"^(make|python|deepspeed|launchers/|sbatch|bash|\.venv/bin/|[A-Z_]+=\S+ (make|sbatch))")
+START = re.compile(r"^(make|python|deepspeed|torchrun|launchers/|sbatch|bash|\.venv/bin/|[A-Z_]+=\S+ (make|sbatch))")
 LINKS = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -66,7 +66,7 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         load(words[words.index("--recipe") + 1], [], stage)
         shown = subprocess.run([sys.executable, *words[1:2], "--help"], cwd=ROOT, capture_output=True, text=True).stdout
         assert all(word in shown for word in words if word.startswith("--"))
-    elif words[0] == "deepspeed" and "--recipe" in words:
+    elif words[0] in ("deepspeed", "torchrun") and "--recipe" in words:
         overrides = [word for word in words if "=" in word]
         assert "launchers/train.py" in words
         loaded = load(words[words.index("--recipe") + 1], overrides)
