@@ -138,7 +138,14 @@ class RunDirectory:
 
     def changes(self, recipe_text: str, free: Set[str] = FREE) -> list[str]:
         """List what differs between this directory's recipe and another outside `free`, as `key: old, now new`."""
-        old = _flat(yaml.safe_load((self.path / "recipe.yaml").read_text()))
+        path = self.path / "recipe.yaml"
+        try:
+            old = _flat(yaml.safe_load(path.read_text()))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunError(
+                f"{path}: cannot be read ({type(error).__name__}), so nobody knows what lies here. Put it back, "
+                "or write run=... with another name."
+            ) from error
         new = _flat(yaml.safe_load(recipe_text))
         keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not free & set(_prefixes(key))]
         return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]

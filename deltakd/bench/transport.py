@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +30,8 @@ from deltakd.teacher.messages import Score, Scored, decode, encode
 MIB = 2**20
 WAYS = {
     "arena": "shared memory and a ZeroMQ message: what teachers of a node do",
-    "frames": "ZeroMQ over TCP, the payload as a frame: what teachers of other nodes do, without keys",
+    "keys": "ZeroMQ over TCP with CURVE keys, the payload as a frame: what teachers of other nodes do",
+    "frames": "the same without keys",
     "tcp": "a plain TCP socket into a buffer that is there already",
     "queue": "a torch.multiprocessing queue",
     "pickle": "pickle over ZeroMQ",
@@ -80,7 +81,7 @@ def _way(way: str, folder: Path, num_bytes: int) -> Iterator[Ask]:
             yield ask
         return
     command = [sys.executable, "-m", "deltakd.bench.transport", way, str(folder), str(num_bytes)]
-    makers = {"arena": _ask_arena, "frames": _ask_frames, "pickle": _ask_pickle, "tcp": _ask_tcp}
+    makers = {"arena": _ask_arena, "keys": _ask_keys, "frames": _ask_frames, "pickle": _ask_pickle, "tcp": _ask_tcp}
     with makers[way](folder, num_bytes) as ask:
         child = subprocess.Popen(command)
         try:
@@ -95,9 +96,11 @@ def _endpoint(way: str, folder: Path) -> str:
 
 
 @contextmanager
-def _router(endpoint: str) -> Iterator["zmq.Socket[bytes]"]:
+def _router(endpoint: str, secret: bytes | None = None) -> Iterator["zmq.Socket[bytes]"]:
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
+    if secret is not None:
+        router.curve_server, router.curve_secretkey = True, secret
     router.bind(endpoint)
     yield router
     router.close(linger=0)
@@ -132,10 +135,16 @@ def _ask_arena(folder: Path, num_bytes: int) -> Iterator[Ask]:
         yield _asker(r, read)
 
 
+def _ask_keys(folder: Path, num_bytes: int) -> AbstractContextManager[Ask]:
+    public, secret = zmq.curve_keypair()
+    (folder / "key").write_bytes(public)
+    return _ask_frames(folder, num_bytes, secret)
+
+
 @contextmanager
-def _ask_frames(folder: Path, num_bytes: int) -> Iterator[Ask]:
+def _ask_frames(folder: Path, num_bytes: int, secret: bytes | None = None) -> Iterator[Ask]:
     place = torch.ones(num_bytes, dtype=torch.uint8)
-    with _router("tcp://127.0.0.1:*") as router:
+    with _router("tcp://127.0.0.1:*", secret) as router:
         (folder / "port").write_text(str(router.get_string(zmq.LAST_ENDPOINT)).rstrip("\0"))
 
         def read(frames: list[Any]) -> Tensor:
@@ -223,7 +232,11 @@ def _answer(way: str, folder: Path, num_bytes: int) -> None:
         return
     context = zmq.Context()
     dealer = context.socket(zmq.DEALER)
-    dealer.connect((folder / "port").read_text() if way == "frames" else _endpoint(way, folder))
+    if way == "keys":
+        dealer.curve_serverkey = (folder / "key").read_bytes()
+        dealer.curve_publickey, dealer.curve_secretkey = zmq.curve_keypair()
+    over_tcp = way in ("keys", "frames")
+    dealer.connect((folder / "port").read_text() if over_tcp else _endpoint(way, folder))
     dealer.send(b"here")
     arena = Arena(folder / "arena", slot_bytes_for(num_bytes), 1, owner=False) if way == "arena" else None
     number = 0
@@ -236,7 +249,7 @@ def _answer(way: str, folder: Path, num_bytes: int) -> None:
         if arena is not None:
             arena.slot(asked.slot, num_bytes).copy_(data)
             dealer.send(scored)
-        elif way == "frames":
+        elif over_tcp:
             dealer.send_multipart([scored, data.numpy().data], copy=False)
         else:
             import pickle
