@@ -99,9 +99,12 @@ class Checkpoints:
         except (OSError, RuntimeError, SafetensorError) as error:
             with suppress(OSError):
                 remove(part)
+            why = str(error).splitlines()[0][:160]
+            if "closed by peer" in why:  # a collective that the rank with the real fault did not come to
+                why = "another student rank has ended: its own line says why"
             kept = f"that of step {self._newest:,} is kept" if self._newest else "there is none before it"
             raise RunError(
-                f"{folder}: the checkpoint cannot be written ({str(error).splitlines()[0][:160]}); {kept}. "
+                f"{folder}: the checkpoint cannot be written ({why}); {kept}. "
                 "Free space or rights and start the same command again."
             ) from error
         if self.world.rank == 0:
