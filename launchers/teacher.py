@@ -6,7 +6,7 @@ deepspeed launchers/train.py --recipe quickstart --launch mine --external-teache
 
 With --run it joins a running job from any node that sees the run's directory, and leaves it without harm:
 
-python launchers/teacher.py --recipe quickstart --stage delta --run runs/quickstart/delta
+python launchers/teacher.py --recipe quickstart --run runs/quickstart/alone
 """
 
 import argparse

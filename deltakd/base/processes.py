@@ -10,6 +10,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,7 @@ LAUNCHERS = frozenset(
 HANDED_DOWN = "DELTAKD_LAUNCHERS"
 PR_SET_PDEATHSIG = 1
 EXIT_ORPHANED = 3
+LEAVE_S = 10.0
 
 
 def launching_ancestors() -> list[int]:
@@ -110,6 +112,7 @@ def _end_with_first(descriptors: list[int]) -> None:
     poll.poll()
     if _farewell is not None:
         _farewell()
+        time.sleep(LEAVE_S)  # it is leaving by itself, with words of its own
     os._exit(EXIT_ORPHANED)
 
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +26,7 @@ from deltakd.base.errors import RunError
 from deltakd.base.processes import resident_bytes
 
 FINISHED = "finished.json"
+GLANCES = 3
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
@@ -52,7 +53,7 @@ class RunDirectory:
         lock = self._open_lock()
         try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _take(lock)
             except BlockingIOError:
                 holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "an unknown process"
                 raise RunError(
@@ -122,6 +123,20 @@ class RunDirectory:
             return None
         return dict(json.loads(whole.rpartition(b"\n")[2])) if whole else None
 
+    def is_live(self) -> bool:
+        """Tell whether a process holds the claim on this directory, as far as this node can see."""
+        try:
+            lock = os.open(self.path / ".lock", os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(lock)
+        return False
+
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Mark the run as successful."""
         write_json(self.path / FINISHED, {"finished": timestamp(), **facts})
@@ -136,11 +151,16 @@ class RunDirectory:
         except ValueError as error:
             raise RunError(f"{path}: not what a run writes ({error}). Remove the folder {self.path}.") from error
 
-    def changes(self, recipe_text: str, free: Set[str] = FREE) -> list[str]:
-        """List what differs between this directory's recipe and another outside `free`, as `key: old, now new`."""
+    def changes(
+        self, recipe_text: str, free: Set[str] = FREE, complete: Callable[[Any], Any] = lambda tree: tree
+    ) -> list[str]:
+        """List what differs between this directory's recipe and another outside `free`, as `key: old, now new`.
+
+        `complete` adds to a recipe's tree what an older version did not know of.
+        """
         path = self.path / "recipe.yaml"
         try:
-            old = _flat(yaml.safe_load(path.read_text()))
+            old = _flat(complete(yaml.safe_load(path.read_text())))
         except (OSError, yaml.YAMLError) as error:
             raise RunError(
                 f"{path}: cannot be read ({type(error).__name__}), so nobody knows what lies here. Put it back, "
@@ -149,6 +169,16 @@ class RunDirectory:
         new = _flat(yaml.safe_load(recipe_text))
         keys = [key for key in {**old, **new} if old.get(key) != new.get(key) and not free & set(_prefixes(key))]
         return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]
+
+
+def _take(lock: int) -> None:
+    """Lock a file for this process alone; raises BlockingIOError if another has it for more than a moment."""
+    for _ in range(GLANCES):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # perhaps only somebody who looks whether the run is live
+            time.sleep(0.1)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _prefixes(key: str) -> list[str]:

@@ -67,7 +67,7 @@ class Supervisor:
         while True:
             started = time.monotonic()
             code, why = self._live_once(mode)
-            if code == 0 or self._ended.is_set():
+            if code == 0 or self._ended.is_set() or not self._wanted():
                 return 0
             words = self.log.read_text(errors="replace").strip().splitlines()
             why += f" ({words[-1]})" if words else ""

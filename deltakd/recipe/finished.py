@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from deltakd.base.errors import RunError
 from deltakd.base.rundir import CHANGEABLE, RunDirectory
 from deltakd.models.load import identity
@@ -25,8 +27,13 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     if "inputs" not in finished:
         raise RunError(f"{run.path}: made by another stage, not by a training. Write run=... with another name.")
     text = dump_recipe(recipe)
-    changes = run.changes(text)
-    if changes and not run.changes(text, CHANGEABLE) and finished["steps"] < recipe.train.steps and has_some(run.path):
+    changes = run.changes(text, complete=_complete)
+    if (
+        changes
+        and not run.changes(text, CHANGEABLE, _complete)
+        and finished["steps"] < recipe.train.steps
+        and has_some(run.path)
+    ):
         return False  # it shall go on for more steps
     for role, before in finished["inputs"].items():
         model = recipe.models.roles[role]
@@ -58,7 +65,7 @@ def find_checkpoint(run: RunDirectory, recipe: Recipe, facts: Mapping[str, Any],
         return None
     text = dump_recipe(recipe)
     was = {name: saved.facts[name] for name in facts}
-    changes = run.changes(text, CHANGEABLE)
+    changes = run.changes(text, CHANGEABLE, _complete)
     changes += [f"{name}: {was[name]}, now {now}" for name, now in facts.items() if was[name] != now]
     if saved.step > recipe.train.steps:
         changes.append(f"train.steps: {saved.step} are done, now {recipe.train.steps}")
@@ -67,9 +74,17 @@ def find_checkpoint(run: RunDirectory, recipe: Recipe, facts: Mapping[str, Any],
             f"{saved.folder}: of another run ({'; '.join(changes[:3])}). Write run=... with another name, or remove "
             f"{run.path} to begin anew."
         )
-    allowed = "; ".join(run.changes(text)[:3])
+    allowed = "; ".join(run.changes(text, complete=_complete)[:3])
     print(f"{run.path}: goes on from {saved.folder.name}" + (f" ({allowed})" if allowed else ""), flush=True)
     return saved
+
+
+def _complete(tree: Any) -> Any:
+    """Add the defaults of settings that are younger than a stored recipe; as it is if it no longer fits the schema."""
+    try:
+        return yaml.safe_load(dump_recipe(Recipe.model_validate(tree)))
+    except ValueError:
+        return tree
 
 
 def identities(inputs: Inputs) -> dict[str, str]:

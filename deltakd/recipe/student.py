@@ -41,7 +41,9 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
         chosen = _begin(run, inputs, examples, resume) if role.rank == 0 else None
         launch = launch_name or launch_identity(run.path)
-        service = open_service(loaded, run, inputs, role, launch, stack) if role.num_local_teachers else None
+        service = None
+        if role.num_local_teachers:
+            service = open_service(loaded, run, inputs, role, launch, stack, lambda: stop.reason)
         if role.rank == 0 and inputs.frozen:
             print(f"references: {inputs.why}", flush=True)
         parts = build_parts(

@@ -44,9 +44,11 @@ def wants_service(recipe: Recipe) -> bool:
 
 
 @contextmanager
-def beside(recipe: Recipe, run: RunDirectory, post: Post) -> Iterator[Callable[[], str | None]]:
-    """Supervise a teacher rank from a thread of this process; yields what says why it cannot come back."""
-    supervisor = _supervisor(recipe, run, post, lambda: True)
+def beside(
+    recipe: Recipe, run: RunDirectory, post: Post, stop: Callable[[], str | None] = lambda: None
+) -> Iterator[Callable[[], str | None]]:
+    """Supervise a teacher rank in a thread until `stop` gives a reason; yields what says why it cannot come back."""
+    supervisor = _supervisor(recipe, run, post, lambda: stop() is None)
     thread = threading.Thread(target=supervisor.run, name="supervisor", daemon=True)
     thread.start()
     try:

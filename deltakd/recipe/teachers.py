@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -31,9 +31,18 @@ from deltakd.teacher.server import Offer, TeacherServer
 
 
 def open_service(
-    loaded: Loaded, run: RunDirectory, inputs: Inputs, role: Role, launch: str, stack: ExitStack
+    loaded: Loaded,
+    run: RunDirectory,
+    inputs: Inputs,
+    role: Role,
+    launch: str,
+    stack: ExitStack,
+    stop: Callable[[], str | None],
 ) -> Service:
-    """Take this rank's slots and listen; the teachers that are ours to start load while the engine is built."""
+    """Take this rank's slots and listen; the teachers that are ours to start load while the engine is built.
+
+    Once `stop` gives a reason they are started no more.
+    """
     recipe, teachers = loaded.recipe, loaded.recipe.teachers
     scratch = stack.enter_context(Scratch(SHARED_MEMORY, launch))
     arena = stack.enter_context(build_arena(inputs, role, scratch.path))
@@ -50,7 +59,7 @@ def open_service(
     if role.teachers_beside:  # entered before the sockets, so left after their Bye
         post = Post(0, role.num_local_students, launch, ",".join(["cuda:0"] * teachers.tensor_parallel))
         alone = recipe.model_copy(update={"teachers": teachers.model_copy(update={"serves": None})})
-        failed = stack.enter_context(beside(alone, run, post))
+        failed = stack.enter_context(beside(alone, run, post, stop))
     if role.rank == 0:
         _remove_former_ranks(run, role.num_students)
     service = run.path / SERVICE if teachers.network else None
@@ -77,7 +86,9 @@ def serve(loaded: Loaded, post: Post) -> None:
     recipe = loaded.recipe
     use_threads()
     run = RunDirectory(Path(post.run or recipe.directory))
-    if not wants_service(recipe) or is_finished(run, recipe):
+    if post.run is not None and run.finished() is not None:
+        raise RunError(f"{run.path}: finished, so there is nothing to join. Write the directory of a live run.")
+    if not wants_service(recipe) or (post.run is None and is_finished(run, recipe)):
         print(f"teacher {post.index}: nothing to serve for {run.path}", flush=True)
         return
     device = post.device if torch.cuda.is_available() else "cpu"
@@ -99,17 +110,22 @@ def serve(loaded: Loaded, post: Post) -> None:
                 offer, find, scratch, device, teachers.heartbeat_s, teachers.silent_s, pulse_from_environment()
             )
         )
+        stack.callback(_say_counts, post.index, server.counts)  # it may leave by Ctrl-C as well
         server.serve(
             teachers.start_s,
             on_first=lambda: _record(run, post.index, device, frozen),
         )
-        counts = ", ".join(f"{name} {number:,}" for name, number in sorted(server.counts.items()))
-        print(f"teacher {post.index}: {counts or 'nothing was asked'}", flush=True)
+
+
+def _say_counts(index: int, counts: Mapping[str, int]) -> None:
+    told = ", ".join(f"{name} {number:,}" for name, number in sorted(counts.items()))
+    print(f"teacher {index}: left; {told or 'nothing was asked'}", flush=True)
 
 
 def _record(run: RunDirectory, index: int, device: str, frozen: FrozenModels) -> None:
-    """Write down that this teacher takes part; of one in several processes there is a line for each, by its shard."""
+    """Say and write down that this teacher takes part; one in several processes has a line for each, by its shard."""
     models, group = list(frozen.models), frozen.group
+    print(f"teacher {index}: joined {run.path}, serves {', '.join(models)}", flush=True)
     run.record_process("teacher", index, device, models)
     for shard, (pid, where) in enumerate(group.others() if group else [], start=1):
         facts = {"pid": pid, "role": "teacher", "rank": index, "host": socket.gethostname(), "device": where}
@@ -126,6 +142,8 @@ def _find_students(
         scratch = stack.enter_context(Scratch(SHARED_MEMORY, launch))
         return scratch.path, launch, lambda: local_addresses(scratch.path, launch, post.num_students)
     service, deadline = run.path / SERVICE, time.monotonic() + recipe.teachers.start_s
+    if not remote_addresses(service):
+        print(f"teacher {post.index}: waiting for a run to start in {run.path}", flush=True)
     while not (found := remote_addresses(service)):
         if time.monotonic() > deadline:
             raise RunError(

@@ -24,7 +24,7 @@ RECENT_STEPS = 20  # over which rates are taken
 
 
 def watch(directory: str, once: bool) -> None:
-    """Show a run until it is finished, or once. Raises RunError if the directory holds no run."""
+    """Show a run until it has ended, or once. Raises RunError if the directory holds no run."""
     run = RunDirectory(Path(directory))
     if not (run.path / "recipe.yaml").exists():
         raise RunError(
@@ -35,9 +35,10 @@ def watch(directory: str, once: bool) -> None:
         console.print(view(run))
         return
     with Live(view(run), console=console, refresh_per_second=4) as live:
-        while run.finished() is None:
+        while run.finished() is None and run.is_live():
             time.sleep(EVERY_S)
             live.update(view(run))
+        live.update(view(run))
 
 
 def view(run: RunDirectory) -> Group:
@@ -56,6 +57,8 @@ def _statuses(run: RunDirectory) -> dict[str, dict[str, Any]]:
 
 def _progress(run: RunDirectory, steps: Sequence[Mapping[str, Any]]) -> Text:
     state = "finished" if run.finished() else "no step yet" if not steps else f"step {steps[-1]['step']}"
+    if not run.finished() and not run.is_live():
+        state += ", not running on this node: the same command starts it, or goes on from its checkpoint"
     return Text(f"{run.path}: {state}" + (f"  {describe(dict(steps[-1]))}" if steps else ""))
 
 
@@ -92,14 +95,14 @@ def _queues(statuses: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[s
             f"{status['waited_s'] / whole:.1%}" if whole else "",
             f"{counts.get('asked_again', 0):,}",
             f"{refused:,}",
-            f"-{status['age_s']:.0f} s",
+            f"{status['age_s']:.0f} s ago",
         )
     rate = (
         f"{sum(step['num_tokens'] for step in recent) / spent:,.0f} tokens/s over {len(recent)} steps" if spent else ""
     )
     starts = sum(line["role"] == "teacher" and not line.get("shard") for line in run.read_lines("processes.jsonl"))
     table.caption = (
-        f"{rate}; teachers have started {starts} times\n"
+        f"{rate}; {starts} starts of teachers\n"
         "open: asked; unasked: nobody is there; kept: slots of a silent teacher; again: asked of another"
     )
     return table

@@ -30,7 +30,7 @@ def test_its_losses_are_those_of_a_whole_one_and_it_is_equal_to_itself(lab, undi
         assert mine == pytest.approx(theirs, rel=1e-3)  # ZeRO-3 against one plain process
     shown = [(line["role"], line["rank"], line.get("shard", 0)) for line in lab.lines("big_ranks", "processes.jsonl")]
     assert sorted(shown) == [("student", 0, 0), ("teacher", 0, 0), ("teacher", 0, 1)]
-    assert shown_by_watch(lab, "big_ranks").count("started 1 times") == 1
+    assert shown_by_watch(lab, "big_ranks").count("; 1 starts of teachers") == 1
 
 
 def shown_by_watch(lab, name):
