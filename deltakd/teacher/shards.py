@@ -49,7 +49,7 @@ from deltakd.teacher.server import read_batch
 
 LOOPBACK = "127.0.0.1"
 LOOK_S = 0.2
-LEAVE_S = 10.0  # how long a worker may take to leave, and how long a failed forward waits for the reason to be said
+REASON_S = 10.0  # how long a failed forward waits for the reason to be said
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,13 @@ class ShardGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._closing.set()
+        for worker in self.workers:  # they keep nothing that is worth a wait; the supervisor takes a long one for stuck
+            worker.kill()
         for worker in self.workers:
-            if kind is not None:
-                worker.kill()  # it may be waiting for a part of ours that never comes
+            worker.wait()
             assert worker.stdin is not None
-            with suppress(OSError):
+            with suppress(OSError):  # what was written when it died
                 worker.stdin.close()
-        for worker in self.workers:
-            try:
-                worker.wait(LEAVE_S)
-            except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.wait()
         self._watcher.join()
         torch.distributed.destroy_process_group()
 
@@ -134,7 +129,7 @@ class ShardGroup:
                 torch.cuda.synchronize(hidden.device)
         except (RuntimeError, OSError):
             # Most likely a worker is gone: the watcher is about to say which, and to end this process.
-            self._closing.wait(LEAVE_S)
+            self._closing.wait(REASON_S)
             raise
         self._since = None
         return hidden
@@ -185,7 +180,7 @@ class ShardGroup:
             return
         worker = self.workers[rank - 1]
         with suppress(subprocess.TimeoutExpired):
-            if worker.wait(LEAVE_S) == EXIT_USER_ERROR:  # it has said why, and would say it again
+            if worker.wait(REASON_S) == EXIT_USER_ERROR:  # it has said why, and would say it again
                 self._end(None, EXIT_USER_ERROR)
         self._end(f"its worker {rank} (process {worker.pid}) ended with exit code {worker.returncode}")
 
