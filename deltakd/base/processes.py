@@ -96,6 +96,11 @@ def _is_same(entry: str) -> bool:
         return False
 
 
+def outlive_parent() -> None:
+    """Take back that the kernel ends this process with its parent."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
+
+
 _farewell: Callable[[], None] | None = None
 
 

@@ -6,6 +6,7 @@ checkpoints/     where it goes on from          resumed.jsonl   a line each time
 export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -84,18 +85,32 @@ class RunDirectory:
 
     def go_on(self, recipe_text: str, step: int) -> None:
         """Take back what was written after a checkpoint's step, and note that the run goes on from there."""
-        for name in ("export", "export.part", FINISHED):
-            remove(self.path / name)
-        lines = (json.dumps(line) + "\n" for line in self.read_lines("steps.jsonl") if line["step"] <= step)
-        write_text(self.path / "steps.jsonl", "".join(lines))
+        kept = []
+        for number, text in enumerate((self.path / "steps.jsonl").read_text().splitlines(), start=1):
+            try:
+                if json.loads(text)["step"] <= step:
+                    kept.append(text + "\n")
+            except (ValueError, KeyError, TypeError):
+                print(f"{self.path / 'steps.jsonl'}: line {number} is no record, left out", flush=True)
+        write_text(self.path / "steps.jsonl", "".join(kept))
+        remove(self.path / FINISHED)  # what it exported stays until there is something better
         write_text(self.path / "recipe.yaml", recipe_text)
         self.append("resumed.jsonl", {"step": step, **machine_facts()})
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line to a .jsonl file; a single write, so lines of several processes never mix."""
         line = json.dumps(record) + "\n"
-        with (self.path / name).open("ab", buffering=0) as file:
-            file.write(line.encode())
+        try:
+            with (self.path / name).open("ab", buffering=0) as file:
+                written = file.write(line.encode())
+                if written != len(line.encode()):  # a disk that is just full
+                    file.truncate(file.tell() - written)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RunError(
+                f"{self.path / name}: cannot be written ({error.strerror}). Free space or rights and start the same "
+                "command again: it goes on from its last checkpoint."
+            ) from error
 
     def record_process(
         self, role: str, rank: int, device: str, models: Sequence[str], heads: Sequence[str] = ()

@@ -13,7 +13,7 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 
 from deltakd.base.errors import EXIT_STOPPED
-from deltakd.base.processes import EXIT_ORPHANED, when_orphaned
+from deltakd.base.processes import EXIT_ORPHANED, outlive_parent, when_orphaned
 
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -36,6 +36,7 @@ class StopRequest:
         # Python's own handler waits for the main thread, which a dead peer can keep in C++ for ever; this does not.
         self._former = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="stop", daemon=True).start()
+        outlive_parent()  # which a group's signal ends before our grace is over; the watcher of launchers stays
         when_orphaned(lambda: self.ask("its launcher has ended", EXIT_ORPHANED))
         return self
 

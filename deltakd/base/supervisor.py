@@ -47,7 +47,7 @@ class Supervisor:
         say: Callable[[str], None],
         wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`log` gets the process's output, appended at every restart; `say` gets one line for each restart.
+        """`log` gets the process's output, appended at every start; `say` gets one line for each restart.
 
         Once `wanted` says False, asked every second, the process is ended for good.
         """
@@ -63,10 +63,10 @@ class Supervisor:
         Returns its last exit code.
         """
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        backoff_s, mode = 0.1, "wb"
+        backoff_s = 0.1
         while True:
             started = time.monotonic()
-            code, why = self._live_once(mode)
+            code, why = self._live_once()
             if code == 0 or self._ended.is_set() or not self._wanted():
                 return 0
             words = self.log.read_text(errors="replace").strip().splitlines()
@@ -79,7 +79,7 @@ class Supervisor:
             if time.monotonic() - started > 60:
                 backoff_s = 0.1
             self._ended.wait(backoff_s)
-            backoff_s, mode = min(2 * backoff_s, MOST_BACKOFF_S), "ab"
+            backoff_s = min(2 * backoff_s, MOST_BACKOFF_S)
 
     def stop(self) -> None:
         """Kill the process, if it runs, and start it no more."""
@@ -88,11 +88,11 @@ class Supervisor:
         if process is not None:
             process.kill()
 
-    def _live_once(self, mode: str) -> tuple[int, str]:
+    def _live_once(self) -> tuple[int, str]:
         """Start the process and wait for its end; returns its exit code and what happened, in words."""
         reading, writing = os.pipe()
         try:
-            with self.log.open(mode) as output:
+            with self.log.open("ab") as output:
                 process = self._process = subprocess.Popen(
                     self._command,
                     stdin=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ from deltakd.base.ranks import Placement, assign_role
 from deltakd.base.rundir import machine_facts
 from deltakd.bench.probabilities import faults
 from deltakd.losses.settings import VARIANTS
-from deltakd.recipe.build import build_parts
+from deltakd.recipe.build import build_parts, meet
 from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.train.loop import train
@@ -78,7 +78,8 @@ def _train(name: str, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], s
     records: list[StepRecord] = []
     inputs = read_inputs(loaded.recipe, loaded.where)
     examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
-    parts = build_parts(inputs, examples, assign_role(Placement(0, 1, 0, 1), 0), None)
+    role = assign_role(Placement(0, 1, 0, 1), 0)
+    parts = build_parts(inputs, examples, role, meet(loaded.recipe, role), None)
     fault = None
     try:
         train(parts, records.append)

@@ -5,13 +5,16 @@ tied weights: reading a sharded head outside of a wrapped forward finds an empty
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from deltakd.base.errors import RunError
 from deltakd.base.rundir import remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
@@ -121,13 +124,21 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
 
 
 def save_folder(model: Any, state: dict[str, Tensor] | None, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer beside the folder's name and rename it."""
+    """Write a model and its tokenizer beside the folder's name and rename it. Raises RunError if that cannot be."""
     part = folder.with_name(folder.name + ".part")
-    remove(part)
-    model.save_pretrained(part, state_dict=state)
-    tokenizer.save_pretrained(part)
-    remove(folder)
-    part.replace(folder)
+    try:
+        remove(part)
+        model.save_pretrained(part, state_dict=state)
+        tokenizer.save_pretrained(part)
+        remove(folder)
+        part.replace(folder)
+    except (OSError, SafetensorError) as error:
+        with suppress(OSError):
+            remove(part)
+        raise RunError(
+            f"{folder}: the model cannot be written ({str(error).splitlines()[0][:160]}). Free space or rights and "
+            "start the same command again: it goes on from its last checkpoint."
+        ) from error
 
 
 def device_name(local_index: int) -> str:

@@ -109,23 +109,21 @@ def build_parts(
     inputs: Inputs,
     examples: ExampleSet,
     role: Role,
+    world: World,
     service: Service | None,
     checkpoints: Path | None = None,
-    find: Callable[[World], Saved | None] = lambda world: None,
+    saved: Saved | None = None,
     stop: Callable[[], str | None] = lambda: None,
 ) -> TrainParts:
     """Build everything that a student rank trains with; `service` is None where no teacher rank is asked.
 
-    `checkpoints` is the run's directory, None where a training keeps none. `find` is called once the students have
-    met, and says which checkpoint they go on from.
+    `checkpoints` is the run's directory, None where a training keeps none; `saved` is what it goes on from.
     """
     recipe = inputs.recipe
     stream, train = build_stream(recipe, examples, role), recipe.train
     cached = None
     if recipe.references.source == "cache" and inputs.frozen:  # looked through before anything large is loaded
         cached = _build_cached(inputs, device_name(role.local_index), planned(recipe, stream.steps()))
-    world = _meet(recipe, role)
-    saved = find(world)
     engine = build_engine(inputs, role, saved)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
     keep = None
@@ -148,7 +146,8 @@ def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
     }
 
 
-def _meet(recipe: Recipe, role: Role) -> World:
+def meet(recipe: Recipe, role: Role) -> World:
+    """Wait for the other student ranks."""
     if isinstance(recipe.engine, SingleSettings):
         return SoloWorld()
     from deltakd.engine.join import join_students

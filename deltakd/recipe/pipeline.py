@@ -163,7 +163,7 @@ def _failure(stage: str, log: Path, code: int) -> DeltaKDError:
     """Say why a stage failed: its own sentence if it left one, else where its log is."""
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
     if said:
-        kind = Stopped if code == EXIT_STOPPED else RunError
+        kind = Stopped if code == EXIT_STOPPED or "deltakd: stopped by " in said[-1] else RunError  # torchrun returns 1
         return kind(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
     return RunError(f"stage {stage}: ended with exit code {code} before it was finished. Look at {log}.")
 

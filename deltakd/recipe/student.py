@@ -8,7 +8,7 @@ from deltakd.base.ranks import Role
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.data.examples import ExampleSet
-from deltakd.recipe.build import build_parts, facts_of_run
+from deltakd.recipe.build import build_parts, facts_of_run, meet
 from deltakd.recipe.checks import check_paths
 from deltakd.recipe.finished import find_checkpoint, identities, is_finished
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
@@ -40,15 +40,16 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         inputs = read_inputs(recipe, loaded.where)
         examples = read_examples(recipe, inputs.tokenizer, progress=role.rank == 0)
         chosen = _begin(run, inputs, examples, resume) if role.rank == 0 else None
+        # Rank 0 holds the directory when all have met: of a launch that is refused, no other rank writes into it.
+        world = meet(recipe, role)
+        saved = agree(world, chosen, run.path)
         launch = launch_name or launch_identity(run.path)
         service = None
         if role.num_local_teachers:
             service = open_service(loaded, run, inputs, role, launch, stack, lambda: stop.reason)
         if role.rank == 0 and inputs.frozen:
             print(f"references: {inputs.why}", flush=True)
-        parts = build_parts(
-            inputs, examples, role, service, run.path, lambda world: agree(world, chosen, run.path), lambda: stop.reason
-        )
+        parts = build_parts(inputs, examples, role, world, service, run.path, saved, lambda: stop.reason)
         beside = list(inputs.frozen) if recipe.references.source == "in_process" else []
         heads = list(inputs.frozen) if not beside and inputs.spec.kind == "hidden" else []
         run.record_process("student", role.rank, parts.engine.device, ["student", *beside], heads)

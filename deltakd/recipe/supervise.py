@@ -64,7 +64,8 @@ def beside(
 
 def _supervisor(recipe: Recipe, run: RunDirectory, post: Post, wanted: Callable[[], bool]) -> Supervisor:
     name = f"teacher-{os.uname().nodename}-{post.index}"
-    log, written = run.path / "logs" / f"{name}.log", run.path / "logs" / f"{name}.yaml"
+    # A launch that is refused because the run is live must not change what the live one starts its teacher from.
+    log, written = run.path / "logs" / f"{name}.log", run.path / "logs" / f"{name}-{post.launch or 'alone'}.yaml"
     write_text(written, dump_recipe(recipe))
     command = [sys.executable, "-m", "deltakd", "serve", str(written), "--index", str(post.index)]
     command += ["--students", str(post.num_students), "--device", post.device, "--log", str(log)]

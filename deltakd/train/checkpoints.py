@@ -77,10 +77,10 @@ class Checkpoints:
         self.num_tokens += num_tokens
         self.num_supervised += num_supervised
 
-    def save_if_due(self, step: int) -> None:
-        """Keep the state after a step if the settings want one there."""
+    def save_if_due(self, step: int, last: bool) -> None:
+        """Keep the state after a step if the settings want one there; after the last one an export can still fail."""
         every = self.settings.every_steps
-        if every is not None and step % every == 0:
+        if every is not None and (last or step % every == 0):
             self.save(step)
 
     def save(self, step: int) -> Path | None:
@@ -108,13 +108,21 @@ class Checkpoints:
                 "Free space or rights and start the same command again."
             ) from error
         if self.world.rank == 0:
-            remove(folder)
-            part.replace(folder)
-            for old in _folders(self.directory)[self.settings.keep_last :]:
-                remove(old)
+            self._put_in_place(part, folder)
         self.world.barrier()
         self._newest = step
         return folder
+
+    def _put_in_place(self, part: Path, folder: Path) -> None:
+        remove(folder)
+        part.replace(folder)
+        # Newer ones are damaged, or they would have been gone on from: they count for nothing here.
+        older = [path for path in _folders(self.directory) if path.name < folder.name]
+        for path in older[self.settings.keep_last - 1 :]:
+            try:
+                remove(path)
+            except OSError as error:
+                print(f"{path}: cannot be removed ({error.strerror}); it stays", flush=True)
 
     def keep_batches(self, step: int, batches: Sequence[PackedBatch]) -> None:
         """Write this rank's micro-batches of a step that went wrong, for whoever looks into it."""
@@ -220,6 +228,8 @@ def _damage(folder: Path) -> str | None:
         ranks = json.loads((folder / "progress.json").read_text())["facts"]["num_ranks"]
         if len(list(folder.glob("sums-*.json"))) != ranks:
             return "checksums are missing"
+        if strange := set(sums) ^ {str(file.relative_to(folder)) for file in _files(folder)}:
+            return f"{min(strange)} is missing, or was never written"
         for name, expected in sums.items():
             if _sum(folder / name) != expected:
                 return f"{name} is not what was written"

@@ -65,7 +65,7 @@ def train(parts: TrainParts, write: Callable[[StepRecord], None]) -> None:
             write(record)
         if parts.checkpoints is not None:
             parts.checkpoints.count(record.num_tokens, record.num_supervised)
-            parts.checkpoints.save_if_due(step)
+            parts.checkpoints.save_if_due(step, last=step == parts.num_steps)
 
 
 def together(world: World, scored: Scored, stop: Callable[[], str | None]) -> Scored:
@@ -78,10 +78,11 @@ def together(world: World, scored: Scored, stop: Callable[[], str | None]) -> Sc
             failure = error
         reason = stop()
         asked, failed = world.sum([float(reason is not None), float(not isinstance(failure, Stopped | None))])
+        if failed:
+            fault = None if isinstance(failure, Stopped) else failure
+            raise Halt(fault or RunError("another student rank cannot go on. Its own line says why."))
         if asked:
             raise Halt(Stopped(f"stopped by {reason or 'a signal to another rank'}."))
-        if failed:
-            raise Halt(failure or RunError("another student rank cannot go on. Its own line says why."))
         if pair is None:
             return
         yield pair

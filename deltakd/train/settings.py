@@ -34,7 +34,9 @@ class TrainSettings(Settings):
 class CheckpointsSettings(Settings):
     """When a run keeps its state. Asked to stop (SIGTERM, SIGUSR1, Ctrl-C) it keeps it whatever stands here."""
 
-    every_steps: int | None = Field(500, gt=0, description="Keep a checkpoint every so many steps; null: none.")
+    every_steps: int | None = Field(
+        500, gt=0, description="Keep a checkpoint every so many steps and after the last one; null: none."
+    )
     keep_last: int = Field(2, gt=0, description="How many stay on the disk.")
     grace_s: float = Field(
         60.0, gt=0, description="How long a run that is asked to stop may take to finish a micro-batch and save."

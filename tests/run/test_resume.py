@@ -119,12 +119,12 @@ def damage(folder: Path) -> str:
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(lab, plain):
     lab.train("damaged", "train.steps=10", "checkpoints.every_steps=3", *PLAIN)
     run = lab.folder / "runs" / "damaged"
-    assert checkpoints(run) == [kept(6), kept(9)]  # keep_last: 2
-    name = damage(run / "checkpoints" / kept(9))
+    assert checkpoints(run) == [kept(9), kept(10)]  # keep_last: 2, and one after the last step
+    name = damage(run / "checkpoints" / kept(10))
     running = Running(lab, "damaged", f"train.steps={STEPS}", "checkpoints.every_steps=3", *PLAIN)
     assert running.ends() == plain and same_weights(lab, "damaged", "plain")
     said = running.log.read_text()
-    assert f"{kept(9)}: damaged" in said and name in said and f"goes on from {kept(6)}" in said, said
+    assert f"{kept(10)}: damaged" in said and name in said and f"goes on from {kept(9)}" in said, said
     for folder in (run / "checkpoints").iterdir():
         damage(folder)
     refused = lab.run(*lab.command("run=damaged", f"train.steps={STEPS + 1}", *PLAIN))
