@@ -24,12 +24,14 @@ def join_students(role: Role) -> TorchWorld:
         "LOCAL_WORLD_SIZE": str(role.num_local_students),
     }
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    device = device_name(role.local_index)
+    if torch.distributed.is_initialized():  # an earlier training of this process
+        return TorchWorld(device)
     launcher_listens = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if role.num_students == 1 and not launcher_listens:
         os.environ["MASTER_PORT"] = str(_free_port())
     elif role.rank == 0 and not launcher_listens:
         _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
-    device = device_name(role.local_index)
     if device != "cpu":
         torch.cuda.set_device(device)
     try:
