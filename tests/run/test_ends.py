@@ -127,8 +127,8 @@ def test_a_finished_run_is_not_made_again(lab):
     again = lab.run(*lab.command("run=twice", "train.steps=1"))
     assert again.returncode == 0 and "nothing to do" in again.stdout
     assert (lab.folder / "runs" / "twice" / "steps.jsonl").stat().st_mtime_ns == before
-    other = lab.run(*lab.command("run=twice", "train.steps=2"))
-    assert other.returncode == 2 and "train.steps: 1, now 2" in other.stderr
+    other = lab.run(*lab.command("run=twice", "train.steps=1", "train.learning_rate=1.0"))
+    assert other.returncode == 2 and "train.learning_rate: 0.01, now 1.0" in other.stderr
     assert len(steps) == 1
 
 
