@@ -29,7 +29,7 @@ soak = pytest.mark.soak
     "engine,ranks",
     [
         ("{name: fsdp2}", 2),
-        ("{name: deepspeed, zero_stage: 2, offload: optimizer}", 2),
+        pytest.param("{name: deepspeed, zero_stage: 2, offload: optimizer}", 2, marks=soak),
         pytest.param("{name: fsdp2}", 1, marks=soak),
         pytest.param("{name: fsdp2, offload: all}", 2, marks=soak),
         pytest.param("{name: deepspeed, zero_stage: 1}", 2, marks=soak),
