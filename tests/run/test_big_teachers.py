@@ -51,6 +51,7 @@ def test_a_worker_and_a_leader_that_are_killed_come_back_and_no_bit_changes(lab,
     assert len(said) == 2 and "its worker 1" in said[0] and "exit code -9" in said[0], said
 
 
+@pytest.mark.soak
 def test_a_frozen_worker_is_noticed_and_no_bit_changes(lab, undisturbed):
     running = Running(lab, "big_frozen", *LONG, *QUICK)
     running.reaches(2)

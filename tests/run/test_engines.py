@@ -13,7 +13,7 @@ SETTINGS = ["train.steps=50", "train.learning_rate=1.0e-3", "train.weight_decay=
 
 @pytest.fixture(scope="module")
 def plain(lab):
-    return curve(lab.train("plain", *SETTINGS, "engine={name: single}"))
+    return curve(lab.train("engines_plain", *SETTINGS, "engine={name: single}"))
 
 
 def weights_apart(lab, one, other) -> float:
@@ -43,7 +43,7 @@ def test_every_engine_trains_alike(lab, plain, engine, ranks):
     steps = curve(lab.train(name, *SETTINGS, f"engine={engine}", ranks=ranks))
     torch.testing.assert_close(torch.tensor(steps), torch.tensor(plain), rtol=1e-5, atol=0)
     assert steps[0][3] == pytest.approx(plain[0][3], rel=1e-6)
-    assert weights_apart(lab, name, "plain") < 1e-5
+    assert weights_apart(lab, name, "engines_plain") < 1e-5
 
 
 @pytest.mark.parametrize("engine", ["{name: fsdp2}", pytest.param("{name: deepspeed, zero_stage: 1}", marks=soak)])

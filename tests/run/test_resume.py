@@ -90,7 +90,9 @@ def test_asked_to_stop_it_keeps_its_last_step_and_goes_on_bit_for_bit(lab, reque
     assert same_weights(lab, name, whole)
 
 
-@pytest.mark.parametrize("before,after", [(3, 1), pytest.param(1, 3, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    "before,after", [pytest.param(3, 1, marks=pytest.mark.soak), pytest.param(1, 3, marks=pytest.mark.soak)]
+)
 def test_on_another_number_of_ranks_it_goes_on_to_the_same_weights(lab, before, after):
     """Within 1e-6, not bit for bit: sums over ranks are taken in another order, and every step adds to it."""
     name = f"from_{before}_to_{after}"
