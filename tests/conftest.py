@@ -18,6 +18,7 @@ import yaml
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
+from deltakd.base.ranks import forget_placement
 from deltakd.data.settings import TokenizerSettings
 from deltakd.data.tokenizer import train_tokenizer
 from deltakd.models.new import write_new_model
@@ -28,7 +29,6 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 REPOSITORY = Path(__file__).parents[1]
-PLACEMENT = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "CROSS_", "SLURM_")
 NAMES = ["anna", "bela", "carl", "dora", "emil", "frida", "gustav", "hanna"]
 THINGS = ["apple", "book", "cat", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]
 
@@ -67,7 +67,8 @@ class Lab:
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         # Where this process stands, which training within it has written down, says nothing of the run's processes.
-        own = {name: value for name, value in os.environ.items() if not name.startswith(PLACEMENT)}
+        own = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+        forget_placement(own)
         return {**own, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def command(

@@ -86,13 +86,14 @@ class RunDirectory:
     def go_on(self, recipe_text: str, step: int) -> None:
         """Take back what was written after a checkpoint's step, and note that the run goes on from there."""
         kept = []
-        for number, text in enumerate((self.path / "steps.jsonl").read_text().splitlines(), start=1):
+        steps = self.path / "steps.jsonl"
+        for number, text in enumerate(steps.read_text().splitlines() if steps.exists() else [], start=1):
             try:
                 if json.loads(text)["step"] <= step:
                     kept.append(text + "\n")
             except (ValueError, KeyError, TypeError):
-                print(f"{self.path / 'steps.jsonl'}: line {number} is no record, left out", flush=True)
-        write_text(self.path / "steps.jsonl", "".join(kept))
+                print(f"{steps}: line {number} is no record, left out", flush=True)
+        write_text(steps, "".join(kept))
         remove(self.path / FINISHED)  # what it exported stays until there is something better
         write_text(self.path / "recipe.yaml", recipe_text)
         self.append("resumed.jsonl", {"step": step, **machine_facts()})

@@ -23,7 +23,7 @@ from deltakd.engine.protocol import (
     StudentModule,
     TrainBatch,
     device_name,
-    parameter_groups,
+    make_adamw,
     run_module,
     save_folder,
     total_norm,
@@ -75,12 +75,9 @@ class DeepSpeedEngine:
         self._num_ranks, self._stage = role.num_students, settings.zero_stage
         self._rank = role.rank
         module.train()
-        groups = parameter_groups(
-            [(n, p) for n, p in module.named_parameters() if p.requires_grad], optimizer.weight_decay
-        )
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas),
+            optimizer=make_adamw(module, optimizer),
             config=config(settings, optimizer, dtype, role.num_students, other_ranks),
         )
         self._other_ranks = other_ranks

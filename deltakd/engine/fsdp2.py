@@ -23,9 +23,10 @@ from deltakd.engine.protocol import (
     TrainBatch,
     clip_factor,
     device_name,
-    parameter_groups,
+    make_adamw,
     run_module,
     save_folder,
+    take_adamw_step,
     total_norm,
 )
 from deltakd.engine.settings import Fsdp2Settings
@@ -46,14 +47,12 @@ class Fsdp2Engine:
         precision = MixedPrecisionPolicy(param_dtype=self._dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=self.device != "cpu") if settings.offload == "all" else OffloadPolicy()
         shard: Any = fully_shard
-        for layer in module.model.model.layers:  # type: ignore[union-attr]
+        decoder: Any = module.model.get_submodule("model")
+        for layer in decoder.layers:
             shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
         shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
         module.train()
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self._parameters = [parameter for _, parameter in named]
-        groups = parameter_groups(named, optimizer.weight_decay)
-        self._adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
+        self._adamw = make_adamw(module, optimizer)
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
         return run_module(self._module, batch, references, alpha)
@@ -69,17 +68,12 @@ class Fsdp2Engine:
 
     def _gradients(self) -> list[Tensor]:
         """Return this rank's shards of the gradient."""
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        return [gradient.to_local() for gradient in gradients]  # type: ignore[attr-defined]
+        gradients: list[Any] = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
+        return [gradient.to_local() for gradient in gradients]
 
     def update(self, learning_rate: float, grad_norm: float) -> None:
         factor = clip_factor(grad_norm, self._max_grad_norm)
-        for gradient in self._gradients() if factor < 1 else []:
-            gradient.mul_(factor)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad()
+        take_adamw_step(self._adamw, self._gradients(), learning_rate, factor)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Gather one parameter at a time; rank 0 writes."""

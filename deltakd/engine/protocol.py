@@ -113,6 +113,23 @@ def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
+def make_adamw(module: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
+    """Return torch's AdamW over what a module trains."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    groups = parameter_groups(named, optimizer.weight_decay)
+    return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
+
+
+def take_adamw_step(adamw: torch.optim.AdamW, gradients: list[Tensor], learning_rate: float, factor: float) -> None:
+    """Scale the gradients by `factor`, where it clips, take one step at this rate, and clear them."""
+    for gradient in gradients if factor < 1 else []:
+        gradient.mul_(factor)
+    for group in adamw.param_groups:
+        group["lr"] = learning_rate
+    adamw.step()
+    adamw.zero_grad()
+
+
 def total_norm(gradients: list[Tensor]) -> float:
     """Return the norm over all gradients, summed in float64."""
     return float(sum(float(g.detach().double().square().sum()) for g in gradients)) ** 0.5

@@ -13,9 +13,10 @@ from deltakd.engine.protocol import (
     StudentModule,
     TrainBatch,
     clip_factor,
-    parameter_groups,
+    make_adamw,
     run_module,
     save_folder,
+    take_adamw_step,
     total_norm,
 )
 from deltakd.losses.linear import LinearLoss, Reference
@@ -28,10 +29,7 @@ class SingleEngine:
         self.device = device
         self._module = module.to(device).train()
         self._max_grad_norm = optimizer.max_grad_norm
-        named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self._parameters = [parameter for _, parameter in named]
-        groups = parameter_groups(named, optimizer.weight_decay)
-        self._adamw = torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
+        self._adamw = make_adamw(module, optimizer)
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
         return run_module(self._module, batch, references, alpha)
@@ -40,17 +38,14 @@ class SingleEngine:
         (total * weight).backward()
 
     def grad_norm(self) -> float:
-        return total_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        return total_norm(self._gradients())
+
+    def _gradients(self) -> list[Tensor]:
+        return [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
 
     def update(self, learning_rate: float, grad_norm: float) -> None:
         factor = clip_factor(grad_norm, self._max_grad_norm)
-        for parameter in self._parameters:
-            if parameter.grad is not None and factor < 1:
-                parameter.grad.mul_(factor)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        self._adamw.zero_grad()
+        take_adamw_step(self._adamw, self._gradients(), learning_rate, factor)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         save_folder(self._module.model, None, tokenizer, folder)

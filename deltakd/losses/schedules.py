@@ -84,7 +84,8 @@ class TaidAlpha:
         return {"t": self.t, "momentum": self.momentum, "last": self.last}
 
     def restore(self, state: Mapping[str, float | None]) -> None:
-        self.t, self.momentum, self.last = (state[name] for name in ("t", "momentum", "last"))  # type: ignore[assignment]
+        self.t, self.momentum = float(state["t"] or 0.0), float(state["momentum"] or 0.0)
+        self.last = state["last"]
 
 
 def alpha_over_steps(target: Target, num_steps: int) -> Alpha:

@@ -22,7 +22,7 @@ from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_nam
 from deltakd.engine.settings import Fsdp2Settings, SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
-from deltakd.models.load import identity, load_head, load_model
+from deltakd.models.load import load_head, load_model
 from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.recipe.inputs import Inputs
 from deltakd.recipe.schema import Recipe
@@ -140,7 +140,7 @@ def build_parts(
 def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
     """Return what the numbers of a run depend on beside its recipe: a checkpoint is of these and no others."""
     return {
-        "models": {"student": identity(inputs.student)} | {name: one.identity for name, one in inputs.frozen.items()},
+        "models": inputs.identities,
         "examples": examples.digest,
         "payload": inputs.spec.words if inputs.frozen else "none",
     }

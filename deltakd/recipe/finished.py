@@ -10,7 +10,6 @@ from deltakd.base.errors import RunError
 from deltakd.base.rundir import CHANGEABLE, RunDirectory
 from deltakd.models.load import identity
 from deltakd.models.settings import role_key
-from deltakd.recipe.inputs import Inputs
 from deltakd.recipe.load import dump_recipe
 from deltakd.recipe.schema import Recipe
 from deltakd.train.checkpoints import Saved, has_some, newest, remove_unfinished
@@ -85,8 +84,3 @@ def _complete(tree: Any) -> Any:
         return yaml.safe_load(dump_recipe(Recipe.model_validate(tree)))
     except ValueError:
         return tree
-
-
-def identities(inputs: Inputs) -> dict[str, str]:
-    """Return which weights a run came from, by role."""
-    return {"student": identity(inputs.student)} | {name: facts.identity for name, facts in inputs.frozen.items()}

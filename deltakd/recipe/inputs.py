@@ -13,7 +13,7 @@ from deltakd.data.examples import ExampleSet, drop_validation
 from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.losses.settings import must_stay_apart, needed_references
-from deltakd.models.load import ModelFacts, facts, refuse_unsplittable, resolve
+from deltakd.models.load import ModelFacts, facts, identity, refuse_unsplittable, resolve
 from deltakd.models.settings import role_key
 from deltakd.models.vocabulary import fingerprint, refuse_foreign, shared_vocabulary
 from deltakd.recipe.schema import Recipe
@@ -33,6 +33,11 @@ class Inputs:
     tokenizer: Any
     fingerprint: str
     vocab_size: int
+
+    @cached_property
+    def identities(self) -> dict[str, str]:
+        """Which weights a run comes from, by role."""
+        return {"student": identity(self.student)} | {name: one.identity for name, one in self.frozen.items()}
 
     @cached_property
     def _payload(self) -> tuple[PayloadKind, str]:

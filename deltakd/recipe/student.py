@@ -10,7 +10,7 @@ from deltakd.base.stop import StopRequest
 from deltakd.data.examples import ExampleSet
 from deltakd.recipe.build import build_parts, facts_of_run, meet
 from deltakd.recipe.checks import check_paths
-from deltakd.recipe.finished import find_checkpoint, identities, is_finished
+from deltakd.recipe.finished import find_checkpoint, is_finished
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.teachers import open_service
@@ -64,7 +64,7 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         parts.engine.save(run.export, inputs.tokenizer)
         if role.rank == 0:
             last = run.last_line("steps.jsonl") or {}
-            run.finish({"steps": recipe.train.steps, "loss": last.get("loss"), "inputs": identities(inputs)})
+            run.finish({"steps": recipe.train.steps, "loss": last.get("loss"), "inputs": inputs.identities})
             print(f"{run.path}: finished after {recipe.train.steps} steps; the model lies in {run.export}", flush=True)
 
 

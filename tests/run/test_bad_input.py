@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from deltakd.__main__ import guarded
 from deltakd.base.ranks import Placement
@@ -124,6 +125,7 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, m
     ]
     launch = Launch(Placement(0, 2, 0, 2)) if "two students" in case else ALONE
     monkeypatch.setenv("DELTAKD_LAUNCH", run.lower())
+    monkeypatch.setattr(functional, "linear", functional.linear)  # which ZeRO-3 replaces for the rest of a process
     if "two students" in case:
         given.append("objective.sft_weight=1.0")
 
@@ -141,9 +143,7 @@ def test_the_launcher_passes_the_sentence_and_the_exit_code_on(lab):
     done = lab.run(*lab.command("run=bad_launch", "train.steps=0", ranks=3))
     assert done.returncode == 2
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("deltakd: ")]
-    assert (
-        said == ["deltakd: command line: train.steps: 0 is too small. Write a number greater than 0."] or len(said) == 1
-    )
+    assert said == ["deltakd: command line: train.steps: 0 does not fit. Write a whole number above 0."]
     assert "Traceback" not in done.stdout + done.stderr
 
 

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from deltakd.base.errors import RunError, Stopped, TeacherError
 from deltakd.base.ranks import SoloWorld
+from deltakd.engine.protocol import Optimizer
+from deltakd.engine.single import SingleEngine
 from deltakd.losses.schedules import TaidAlpha
 from deltakd.losses.settings import TaidTarget
 from deltakd.train.checkpoints import Checkpoints, newest
@@ -14,25 +17,38 @@ from deltakd.train.loop import Halt, together
 from deltakd.train.settings import CheckpointsSettings
 
 
-class Weight:
-    """An engine of one number."""
+class Failing(SingleEngine):
+    """An engine whose disk fails when its weights are half-way down."""
 
-    def __init__(self, value: float = 0.0) -> None:
-        self.value, self.fault = value, None
+    fault: BaseException | None = None
 
     def save_state(self, folder) -> None:
-        (folder / "weight").write_text(str(self.value))
+        super().save_state(folder)
         if self.fault:
             raise self.fault
 
-    def load_state(self, folder) -> None:
-        self.value = float((folder / "weight").read_text())
+
+def engine(start: float = 0.0) -> Failing:
+    """One layer, and a step taken on it, so that the optimizer has a state of its own."""
+    module = nn.Linear(3, 2)
+    nn.init.constant_(module.weight, start)
+    made = Failing(module, Optimizer(0.1, (0.9, 0.95), 0.0, 1.0), "cpu")
+    made.backward(module(torch.ones(3)).square().sum() + start, weight=1.0, last=True)
+    made.update(0.1, made.grad_norm())
+    return made
 
 
 def keeper(tmp_path, keep_last=2, **changes):
     settings = CheckpointsSettings(every_steps=1, keep_last=keep_last)
-    parts = {"engine": Weight(), "alpha": TaidAlpha(TaidTarget(name="taid", rate=0.2), 10), "facts": {}} | changes
+    parts = {"engine": engine(), "alpha": TaidAlpha(TaidTarget(name="taid", rate=0.2), 10), "facts": {}} | changes
     return Checkpoints(tmp_path, settings, SoloWorld(), **parts)
+
+
+def continued(made: Failing) -> list[torch.Tensor]:
+    """The weights after one more step: what lies in the engine and what its optimizer remembers."""
+    (module := made._module)(torch.tensor([1.0, -2.0, 3.0])).square().sum().backward()
+    made.update(0.1, made.grad_norm())
+    return [parameter.detach().clone() for parameter in module.parameters()]
 
 
 def names(tmp_path):
@@ -40,7 +56,7 @@ def names(tmp_path):
 
 
 def test_everything_that_the_numbers_depend_on_comes_back(tmp_path):
-    first = keeper(tmp_path, engine=Weight(3.0))
+    first = keeper(tmp_path, engine=engine(3.0))
     for loss in (2.0, 1.0):
         first.alpha.observe(loss)
     first.count(100, 40)
@@ -49,8 +65,10 @@ def test_everything_that_the_numbers_depend_on_comes_back(tmp_path):
     second = keeper(tmp_path)
     saved, passed = newest(tmp_path)
     second.restore(saved)
-    assert passed == [] and saved.step == 7 and second.engine.value == 3.0
+    assert passed == [] and saved.step == 7
     assert torch.equal(torch.rand(4), drawn)
+    both = zip(continued(first.engine), continued(second.engine), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in both)
     assert second.alpha.state() == first.alpha.state() != keeper(tmp_path).alpha.state()
     assert (second.num_tokens, second.num_supervised) == (100, 40)
 
@@ -75,10 +93,13 @@ def test_a_damaged_one_is_named_passed_over_and_takes_no_one_s_place(tmp_path, d
     keep = keeper(tmp_path, keep_last=2)
     keep.save(9)
     folder = tmp_path / "checkpoints" / "step-00000009"
+    weights = folder / "engine" / "weights.safetensors"
     if damage == "bit":
-        (folder / "engine" / "weight").write_text("1.0")
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
     elif damage == "missing":
-        (folder / "engine" / "weight").unlink()
+        weights.unlink()
     elif damage == "strange":
         (folder / "sums-0.json").write_text("{}")
     else:
