@@ -30,6 +30,7 @@ ADAPTERS = {
     "rouge_score": {"evaluate/scores.py"},
     "wandb": {"train/records.py"},
     "torchao": {"models/load.py"},
+    "peft": {"models/lora.py"},
 }
 FILES = sorted((ROOT / "deltakd").rglob("*.py")) + sorted((ROOT / "launchers").rglob("*.py"))
 

@@ -3,6 +3,7 @@
 recipe.yaml      the resolved recipe            run.json        commit, versions, machine
 processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
 checkpoints/     where it goes on from          resumed.jsonl   a line each time that it did
+validation.jsonl, samples.jsonl, best/          what held-out rows say while it trains, and its best weights
 export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
 """
 
@@ -30,9 +31,10 @@ FINISHED = "finished.json"
 GLANCES = 3
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
+BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
 FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints"})
-CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing"}
+CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
 
@@ -47,6 +49,19 @@ class RunDirectory:
     def export(self) -> Path:
         """Where the trained model lies, as a normal Hugging Face folder."""
         return self.path / "export"
+
+    @property
+    def best(self) -> Path:
+        """Where the weights of the best validation lie, as such a folder."""
+        return self.path / "best"
+
+    def export_best(self) -> None:
+        """Let the run's model be that of its best validation."""
+        part = self.export.with_name("export.part")
+        remove(part)
+        shutil.copytree(self.best, part)
+        remove(self.export)
+        part.replace(self.export)
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -78,25 +93,30 @@ class RunDirectory:
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
-        for name in ("steps.jsonl", "processes.jsonl", "resumed.jsonl", "tensorboard", "export", "export.part"):
+        for name in (*BY_STEP, "processes.jsonl", "resumed.jsonl", "tensorboard", "best", "export", "export.part"):
             remove(self.path / name)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})
 
     def go_on(self, recipe_text: str, step: int) -> None:
         """Take back what was written after a checkpoint's step, and note that the run goes on from there."""
+        for name in BY_STEP:
+            self._take_back(self.path / name, step)
+        remove(self.path / FINISHED)  # what it exported stays until there is something better
+        write_text(self.path / "recipe.yaml", recipe_text)
+        self.append("resumed.jsonl", {"step": step, **machine_facts()})
+
+    def _take_back(self, path: Path, step: int) -> None:
+        if not path.exists():
+            return
         kept = []
-        steps = self.path / "steps.jsonl"
-        for number, text in enumerate(steps.read_text().splitlines() if steps.exists() else [], start=1):
+        for number, text in enumerate(path.read_text().splitlines(), start=1):
             try:
                 if json.loads(text)["step"] <= step:
                     kept.append(text + "\n")
             except (ValueError, KeyError, TypeError):
-                print(f"{steps}: line {number} is no record, left out", flush=True)
-        write_text(steps, "".join(kept))
-        remove(self.path / FINISHED)  # what it exported stays until there is something better
-        write_text(self.path / "recipe.yaml", recipe_text)
-        self.append("resumed.jsonl", {"step": step, **machine_facts()})
+                print(f"{path}: line {number} is no record, left out", flush=True)
+        write_text(path, "".join(kept))
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Append one line to a .jsonl file; a single write, so lines of several processes never mix."""

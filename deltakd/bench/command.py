@@ -4,13 +4,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from deltakd.bench.arms import ARMS
 from deltakd.bench.case import NAMES, Case
+from deltakd.bench.shapes import PAIRS
 
 CANDIDATES = "; ".join(f"{name}: {text}" for name, text in NAMES.items())
 MEASUREMENTS = {
     "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
     "variants": "train the eight parallelogram variants side by side, with and without the remedies",
     "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
+    "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
 
@@ -52,6 +55,13 @@ def add_bench(verbs: Any) -> None:
     variants.add_argument("--alphas", default="0.25,0.5,1.0", help="default 0.25,0.5,1.0")
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
+    step = kind("step", "bench/step.json")
+    step.add_argument("--shape", choices=list(PAIRS), default="small", help="of student and teacher; default small")
+    step.add_argument("--data", help="rows with messages: a file or pattern; default: the quickstart's world")
+    step.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}; default: all")
+    step.add_argument("--steps", type=int, default=10, help="steps that are counted; default 10")
+    step.add_argument("--rounds", type=int, default=3, help="turns that each arm takes; default 3")
+    step.add_argument("--peak-tflops", type=float, help="of the device; default: a large product's, measured")
     transport = kind("transport", "bench/transport.json")
     transport.add_argument("--sizes", default="1,16,64,256", help="payloads in MiB; default 1,16,64,256")
     transport.add_argument("--repeats", type=int, default=20, help="measurements, in turns with memcpy; default 20")
@@ -66,14 +76,21 @@ def run_bench(options: argparse.Namespace) -> None:
         template = Case("deltakd", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
         losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
         return
+    if options.measurement == "step":
+        from deltakd.bench import step
+
+        arms, out = options.arms.split(","), options.out
+        step.bench(options.shape, options.data, arms, options.steps, options.rounds, options.peak_tflops, out)
+        return
     if options.measurement == "transport":
         from deltakd.bench import transport
 
         transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
         return
     from deltakd.base.processes import use_threads
-    from deltakd.recipe.checks import check_every_stage, check_paths
+    from deltakd.recipe.checks import check_every_stage
     from deltakd.recipe.load import load
+    from deltakd.recipe.paths import check_paths
 
     use_threads()
     check_every_stage(options.recipe, options.overrides)

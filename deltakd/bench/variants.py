@@ -25,6 +25,7 @@ from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.train.loop import train
 from deltakd.train.step import StepRecord
+from deltakd.train.validation import Sample, ValidationRecord
 
 UNCLIPPED = 1.0e9
 # Overrides by the name of what they do; log_ratio_clip acts on reverse KL alone.
@@ -72,20 +73,36 @@ def bench(
     print(f"{out}: written as .json, .md and .svg")
 
 
+class _Steps:
+    """A recorder that keeps every step."""
+
+    def __init__(self) -> None:
+        self.taken: list[StepRecord] = []
+
+    def begins(self, step: int) -> None:
+        """Nothing."""
+
+    def write(self, record: StepRecord) -> None:
+        self.taken.append(record)
+
+    def validated(self, record: ValidationRecord, samples: list[Sample]) -> None:
+        """Nothing: these runs are compared by their steps."""
+
+
 def _train(name: str, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], str | None]:
     """Return the records of a run, and the sentence that it ended with if it could not go on."""
     loaded = load(name, overrides)
-    records: list[StepRecord] = []
+    records = _Steps()
     inputs = read_inputs(loaded.recipe, loaded.where)
     examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
     role = assign_role(Placement(0, 1, 0, 1), 0)
     parts = build_parts(inputs, examples, role, meet(loaded.recipe, role), None)
     fault = None
     try:
-        train(parts, records.append)
+        train(parts, records)
     except RunError as error:
         fault = str(error)
-    return [asdict(record) for record in records], fault
+    return [asdict(record) for record in records.taken], fault
 
 
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,18 +45,21 @@ class Stream:
         for step, chosen in enumerate(self.indices()):
             if step < first:
                 continue
-            lengths = self._examples.lengths[chosen].tolist()
-            plan = plan_micro_batches(
-                lengths,
-                self._num_ranks,
-                self._tokens_per_micro_batch,
-                self._examples_per_micro_batch,
-                self._padded,
-            )
-            yield [
-                pack([self._examples[int(chosen[index])] for index in bin_]) if bin_ else blank_batch()
-                for bin_ in plan[self._rank]
-            ]
+            yield self.cut(chosen)
+
+    def cut(self, chosen: NDArray[np.int64]) -> list[PackedBatch]:
+        """Return this rank's micro-batches of some examples; as many on every rank."""
+        plan = plan_micro_batches(
+            self._examples.lengths[chosen].tolist(),
+            self._num_ranks,
+            self._tokens_per_micro_batch,
+            self._examples_per_micro_batch,
+            self._padded,
+        )
+        return [
+            pack([self._examples[int(chosen[index])] for index in bin_]) if bin_ else blank_batch()
+            for bin_ in plan[self._rank]
+        ]
 
     def indices(self) -> Iterator[NDArray[np.int64]]:
         """Yield the examples of each step over all ranks: as many as fit into tokens_per_step, at least one."""

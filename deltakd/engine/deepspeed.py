@@ -8,7 +8,7 @@ take minutes to compile where there is no GPU.
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ from deltakd.engine.protocol import (
     make_adamw,
     run_module,
     save_folder,
+    standing_still,
     total_norm,
+    trained,
 )
 from deltakd.engine.settings import DeepSpeedSettings
 from deltakd.losses.linear import LinearLoss, Reference
@@ -49,6 +51,7 @@ def config(
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "checkpoint": {"load_universal": other_ranks},
         "steps_per_print": 10**12,
     }
@@ -77,10 +80,11 @@ class DeepSpeedEngine:
         module.train()
         self._engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=make_adamw(module, optimizer),
+            optimizer=make_adamw(trained(module), optimizer),
             config=config(settings, optimizer, dtype, role.num_students, other_ranks),
         )
         self._other_ranks = other_ranks
+        self._has_frozen = len(trained(module)) < len(list(module.parameters()))  # they lie in the student's folder
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
         return run_module(self._engine, batch, references, alpha)
@@ -94,9 +98,9 @@ class DeepSpeedEngine:
         from deepspeed.utils import safe_get_full_grad, safe_get_local_grad
 
         if self._stage < 3:
-            whole = [safe_get_full_grad(parameter) for parameter in self._module.parameters()]
+            whole = [safe_get_full_grad(parameter) for parameter in trained(self._module).values()]
             return total_norm([g for g in whole if g is not None])
-        local = [safe_get_local_grad(parameter) for parameter in self._module.parameters()]
+        local = [safe_get_local_grad(parameter) for parameter in trained(self._module).values()]
         square = torch.tensor(
             [total_norm([g for g in local if g is not None]) ** 2], dtype=torch.float64, device=self.device
         )
@@ -107,6 +111,9 @@ class DeepSpeedEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
+
+    def evaluating(self) -> AbstractContextManager[Any]:
+        return standing_still(self._module)
 
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Gather one parameter at a time; rank 0 writes."""
@@ -122,7 +129,7 @@ class DeepSpeedEngine:
         torch.distributed.barrier()
 
     def save_state(self, folder: Path) -> None:
-        self._engine.save_checkpoint(str(folder), tag=TAG)
+        self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=self._has_frozen)
 
     def load_state(self, folder: Path) -> None:
         """Read this rank's share; what another number of ranks wrote is made universal first, in a folder beside."""
@@ -134,7 +141,7 @@ class DeepSpeedEngine:
             torch.distributed.barrier()
             folder = converted
         decays = [group["weight_decay"] for group in self._engine.optimizer.param_groups]
-        self._engine.load_checkpoint(str(folder), tag=tag)
+        self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self._has_frozen)
         if self._other_ranks:
             self._mend_universal(decays)
         torch.distributed.barrier()

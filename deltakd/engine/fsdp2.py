@@ -5,14 +5,15 @@ stay gathered through the step, which is what lets the loss read a tied head. Gr
 loss is weighted by ranks / tokens. Checkpoints are torch.distributed.checkpoint's: any number of ranks reads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -26,11 +27,15 @@ from deltakd.engine.protocol import (
     make_adamw,
     run_module,
     save_folder,
+    standing_still,
     take_adamw_step,
     total_norm,
+    trained,
 )
 from deltakd.engine.settings import Fsdp2Settings
 from deltakd.losses.linear import LinearLoss, Reference
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen lies in the student's folder
 
 
 class Fsdp2Engine:
@@ -52,7 +57,8 @@ class Fsdp2Engine:
             shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload)
         shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload)
         module.train()
-        self._adamw = make_adamw(module, optimizer)
+        self._root: Any = module
+        self._adamw = make_adamw(trained(module), optimizer)
 
     def loss(self, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
         return run_module(self._module, batch, references, alpha)
@@ -75,6 +81,16 @@ class Fsdp2Engine:
         factor = clip_factor(grad_norm, self._max_grad_norm)
         take_adamw_step(self._adamw, self._gradients(), learning_rate, factor)
 
+    @contextmanager
+    def evaluating(self) -> Iterator[Any]:
+        """Generation calls the model below the root, whose own weights are gathered for it."""
+        with standing_still(self._module) as model:
+            self._root.unshard()
+            try:
+                yield model
+            finally:
+                self._root.reshard()
+
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Gather one parameter at a time; rank 0 writes."""
         state: dict[str, Tensor] = {}
@@ -88,11 +104,17 @@ class Fsdp2Engine:
         torch.distributed.barrier()
 
     def save_state(self, folder: Path) -> None:
-        model, adamw = get_state_dict(self._module, self._adamw)
+        model, adamw = get_state_dict(self._module, self._adamw, options=TRAINED_ONLY)
         dcp.save({"model": model, "adamw": adamw}, checkpoint_id=folder)
 
     def load_state(self, folder: Path) -> None:
-        model, adamw = get_state_dict(self._module, self._adamw)
+        model, adamw = get_state_dict(self._module, self._adamw, options=TRAINED_ONLY)
         state: dict[str, Any] = {"model": model, "adamw": adamw}
         dcp.load(state, checkpoint_id=folder)
-        set_state_dict(self._module, self._adamw, model_state_dict=state["model"], optim_state_dict=state["adamw"])
+        set_state_dict(
+            self._module,
+            self._adamw,
+            model_state_dict=state["model"],
+            optim_state_dict=state["adamw"],
+            options=TRAINED_ONLY,
+        )

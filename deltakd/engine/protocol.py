@@ -4,8 +4,8 @@ Backbone, head and chunked loss run inside *one* module's forward. Under ZeRO-3 
 tied weights: reading a sharded head outside of a wrapped forward finds an empty tensor.
 """
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from deltakd.base.rundir import remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
+from deltakd.models.lora import merge_lora
 
 
 class TrainBatch(Batch, Protocol):
@@ -64,6 +65,17 @@ def run_module(module: Any, batch: TrainBatch, references: Mapping[str, Referenc
     return LinearLoss(*module(*parts, dict(references), alpha))
 
 
+@contextmanager
+def standing_still(module: StudentModule) -> Iterator[nn.Module]:
+    """Turn off gradients and whatever a model does in training alone."""
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module.model
+    finally:
+        module.train()
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """AdamW's numbers and the norm that gradients are clipped to; the rate of each step comes with the step."""
@@ -91,6 +103,9 @@ class Engine(Protocol):
     def update(self, learning_rate: float, grad_norm: float) -> None:
         """Clip to the settings' norm, take one optimizer step at this rate and clear the gradients."""
 
+    def evaluating(self) -> AbstractContextManager[Any]:
+        """Stand still for a while: no gradients, no dropout; yields the model, which can then generate."""
+
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write student and tokenizer as a Hugging Face folder, whole or not at all; rank 0 writes, all call."""
 
@@ -113,10 +128,14 @@ def parameter_groups(named: list[tuple[str, nn.Parameter]], weight_decay: float)
     return [group for group in groups if group["params"]]
 
 
-def make_adamw(module: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """Return torch's AdamW over what a module trains."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    groups = parameter_groups(named, optimizer.weight_decay)
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what a module trains, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def make_adamw(parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> torch.optim.AdamW:
+    """Return torch's AdamW over some parameters."""
+    groups = parameter_groups(list(parameters.items()), optimizer.weight_decay)
     return torch.optim.AdamW(groups, lr=optimizer.learning_rate, betas=optimizer.betas)
 
 
@@ -140,15 +159,23 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
     return min(1.0, max_grad_norm / (grad_norm + 1e-6))
 
 
-def save_folder(model: Any, state: dict[str, Tensor] | None, tokenizer: Any, folder: Path) -> None:
-    """Write a model and its tokenizer beside the folder's name and rename it. Raises RunError if that cannot be."""
+def save_folder(model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
+    """Write a model of these weights and its tokenizer, adapters merged, beside the folder's name and rename it.
+
+    Raises RunError if that cannot be.
+    """
+    state = merge_lora(model, state)
     part = folder.with_name(folder.name + ".part")
     try:
         remove(part)
         model.save_pretrained(part, state_dict=state)
         tokenizer.save_pretrained(part)
-        remove(folder)
+        old = folder.with_name(folder.name + ".old")
+        remove(old)
+        if folder.exists():
+            folder.replace(old)
         part.replace(folder)
+        remove(old)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             remove(part)

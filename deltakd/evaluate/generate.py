@@ -21,7 +21,7 @@ class Answer:
     ended: bool
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: an engine's buffers, made there, could not be trained with any more
 def generate(
     model: Any,
     tokenizer: Any,
@@ -29,14 +29,32 @@ def generate(
     end_id: int,
     settings: EvaluationSettings,
     advance: Callable[[int], object] = lambda _: None,
+    synced: bool = False,
 ) -> list[Answer]:
-    """Return each prompt's answer; `advance` hears of every batch's size."""
-    torch.manual_seed(settings.seed)
+    """Return each prompt's answer; `advance` hears of every batch's size.
+
+    `synced`: the model is shared with other ranks, which answer as many prompts: all go on until all are done. Random
+    numbers are drawn apart from the process's own.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return _generate(model, tokenizer, prompts, end_id, settings, advance, synced)
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    end_id: int,
+    settings: EvaluationSettings,
+    advance: Callable[[int], object],
+    synced: bool,
+) -> list[Answer]:
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     answers = [Answer("", False)] * len(prompts)
     for first in range(0, len(order), settings.batch_size):
         chosen = order[first : first + settings.batch_size]
-        written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings)
+        written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings, synced)
         for index, tokens in zip(chosen, written.tolist(), strict=True):
             stop = tokens.index(end_id) if end_id in tokens else len(tokens)
             text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
@@ -45,7 +63,9 @@ def generate(
     return answers
 
 
-def _generate_batch(model: Any, prompts: list[list[int]], end_id: int, settings: EvaluationSettings) -> Tensor:
+def _generate_batch(
+    model: Any, prompts: list[list[int]], end_id: int, settings: EvaluationSettings, synced: bool
+) -> Tensor:
     """Return the tokens written after each prompt [B, at most max_new_tokens]."""
     from transformers import GenerationConfig
 
@@ -65,6 +85,11 @@ def _generate_batch(model: Any, prompts: list[list[int]], end_id: int, settings:
         **sampling,
     )
     # A model's own generation_config could bring sampling or a repetition penalty that the recipe does not name.
-    model.generation_config = config
-    written: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    own, model.generation_config = model.generation_config, config
+    try:
+        written: Tensor = model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+        )
+    finally:
+        model.generation_config = own  # which an export writes down
     return written[:, length:]

@@ -16,6 +16,10 @@ class Alpha(Protocol):
     def at(self, step: int) -> float:
         """Return the value of a step, counted from 1."""
 
+    @property
+    def final(self) -> float:
+        """The value that the run ends with."""
+
     def foretold(self, step: int) -> float:
         """Return the value of a step to come; NaN where it depends on losses that are not known yet."""
 
@@ -35,6 +39,11 @@ class ScheduledAlpha:
     def __init__(self, start: float, schedule: AlphaSchedule | None, num_steps: int) -> None:
         self._start, self._schedule = start, schedule
         self._steps = num_steps if schedule is None or schedule.steps is None else schedule.steps
+        self._num_steps = num_steps
+
+    @property
+    def final(self) -> float:
+        return self.at(self._num_steps)
 
     def at(self, step: int) -> float:
         if self._schedule is None:
@@ -62,6 +71,10 @@ class TaidAlpha:
         self.t = target.start
         self.momentum = 0.0
         self.last: float | None = None
+
+    @property
+    def final(self) -> float:
+        return self._target.end
 
     def at(self, step: int) -> float:
         line = self._target.start + (self._target.end - self._target.start) * (step - 1) / max(1, self._num_steps - 1)

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
+from deltakd.models.attention import register_documents
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
 HEAD = "lm_head.weight"
@@ -85,6 +87,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    attention, _ = choose_attention(settings)
+    implementation = register_documents() if attention == "sdpa" else attention
     logging.disable_progress_bar()  # it counts tensors, not what a person waits for
     with _one_sentence(where, str(folder)):
         special = {"quantization_config": _rounding()} if in_8bit else {}
@@ -94,7 +98,7 @@ def load_model(
             folder,
             output_loading_info=True,
             dtype=getattr(torch, settings.dtype),
-            attn_implementation=settings.attention,
+            attn_implementation=implementation,
             trust_remote_code=settings.trust_remote_code,
             use_safetensors=True,
             **special,
@@ -105,6 +109,21 @@ def load_model(
             f"{where}: {folder} lacks {len(missing)} tensors of its model ({missing[0]}). Fetch or export it again."
         )
     return model.eval()
+
+
+def choose_attention(settings: ModelsSettings) -> tuple[str, str]:
+    """Return which attention models use on this machine, and why."""
+    if settings.attention != "auto":
+        return settings.attention, "as the recipe says"
+    if not torch.cuda.is_available():
+        return "sdpa", "flash_attention_2 needs a GPU"
+    if find_spec("flash_attn") is None:
+        return "sdpa", "flash_attn is not installed"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "sdpa", f"flash_attention_2 does not run on {torch.cuda.get_device_name()}"
+    if settings.dtype == "float32":
+        return "sdpa", "flash_attention_2 computes in 16 bit alone"
+    return "flash_attention_2", "installed, and the device fits"
 
 
 def _rounding() -> Any:

@@ -7,7 +7,7 @@ import torch
 from deltakd.models.settings import NewModelSettings
 
 
-def write_new_model(settings: NewModelSettings, folder: Path) -> int:
+def write_new_model(settings: NewModelSettings, folder: Path, dtype: torch.dtype = torch.float32) -> int:
     """Write a random model and its tokenizer as a Hugging Face folder; return its number of parameters."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -29,7 +29,7 @@ def write_new_model(settings: NewModelSettings, folder: Path) -> int:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(settings.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -18,6 +18,17 @@ class WeightsSettings(Settings):
     )
 
 
+class LoraSettings(Settings):
+    """Train low-rank adapters of the student's linear layers instead of its weights; the export has them merged."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="The adapters' product counts alpha / rank.")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    layers: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="all-linear: every one but the head; or names, as [q_proj, v_proj]."
+    )
+
+
 class ModelsSettings(Settings):
     """The models of a run by role; the frozen ones are loaded only where the objective needs them."""
 
@@ -33,8 +44,13 @@ class ModelsSettings(Settings):
     teachers_raw: dict[str, WeightsSettings] = Field(
         default_factory=dict, description="Those before their fine-tuning; NAME is teacher_raw.NAME."
     )
-    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="Precision of every forward pass.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    lora: LoraSettings | None = Field(None, description="Adapters for the student; null: all its weights are trained.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Precision of every forward pass; the optimizer's weights are float32 either way."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: flash_attention_2 where it is installed and the device fits, else sdpa; it is said."
+    )
     trust_remote_code: bool = Field(
         False, description="Run code that comes with a model. Off unless you trust its author."
     )

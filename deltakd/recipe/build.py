@@ -7,6 +7,7 @@ stream; teacher ranks build the models they serve.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakd.base.ranks import Role, SoloWorld, World
+from deltakd.base.rundir import RunDirectory
 from deltakd.data.examples import ExampleSet
 from deltakd.data.packing import PackedBatch
 from deltakd.data.stream import Stream
@@ -23,7 +25,9 @@ from deltakd.engine.settings import Fsdp2Settings, SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
 from deltakd.models.load import load_head, load_model
+from deltakd.models.lora import add_lora
 from deltakd.models.settings import ModelsSettings, role_key
+from deltakd.recipe.held_out import build_validation
 from deltakd.recipe.inputs import Inputs
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
@@ -34,7 +38,7 @@ from deltakd.teacher.messages import PROTOCOL, Terms
 from deltakd.teacher.payloads import FrozenFacts, FrozenModels
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
 from deltakd.train.checkpoints import Checkpoints, Saved
-from deltakd.train.loop import TrainParts
+from deltakd.train.loop import TrainParts, tasks
 from deltakd.train.schedule import schedule
 
 CHECKED_BATCHES = 1000  # of a cache, before the first step; the others are found missing when they are needed
@@ -97,12 +101,15 @@ def build_stream(recipe: Recipe, examples: ExampleSet, role: Role) -> Stream:
     )
 
 
-def planned(recipe: Recipe, steps: Iterator[list[PackedBatch]]) -> Iterator[tuple[PackedBatch, float]]:
-    """Yield all micro-batches of a training with the target's alpha at their step."""
+def planned(inputs: Inputs, examples: ExampleSet, role: Role) -> Iterator[tuple[PackedBatch, float]]:
+    """Yield all micro-batches that a student rank will ask references for, with the target's alpha."""
+    recipe = inputs.recipe
+    stream = partial(build_stream, recipe, role=role)
     moving = alpha_over_steps(recipe.objective.target, recipe.train.steps)
-    for step, batches in enumerate(islice(steps, recipe.train.steps), start=1):
-        for batch in batches:
-            yield batch, moving.foretold(step)
+    validation = build_validation(inputs, role, stream)
+    for task in tasks(stream(examples).steps, moving, recipe.train.steps, validation):
+        for batch in task.batches:
+            yield batch, task.alpha
 
 
 def build_parts(
@@ -111,30 +118,42 @@ def build_parts(
     role: Role,
     world: World,
     service: Service | None,
-    checkpoints: Path | None = None,
+    run: RunDirectory | None = None,
     saved: Saved | None = None,
     stop: Callable[[], str | None] = lambda: None,
+    references: References | None = None,
 ) -> TrainParts:
     """Build everything that a student rank trains with; `service` is None where no teacher rank is asked.
 
-    `checkpoints` is the run's directory, None where a training keeps none; `saved` is what it goes on from.
+    `run` is where checkpoints and the best weights go, None for a training that keeps none; it goes on from `saved`.
+    `references` stand in for those of the recipe.
     """
     recipe = inputs.recipe
-    stream, train = build_stream(recipe, examples, role), recipe.train
-    cached = None
+    stream, train = partial(build_stream, recipe, role=role), recipe.train
     if recipe.references.source == "cache" and inputs.frozen:  # looked through before anything large is loaded
-        cached = _build_cached(inputs, device_name(role.local_index), planned(recipe, stream.steps()))
+        references = _build_cached(inputs, device_name(role.local_index), planned(inputs, examples, role))
     engine = build_engine(inputs, role, saved)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
-    keep = None
-    if checkpoints is not None:
+    keep = validation = None
+    if run is not None:
+        validation = build_validation(inputs, role, stream, lambda: engine.save(run.best, inputs.tokenizer))
         facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}
-        keep = Checkpoints(checkpoints, recipe.checkpoints, world, engine, alpha, facts_)
+        keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation)
     if keep is not None and saved is not None:
         keep.restore(saved)
-    references = cached or _build_references(inputs, engine.device, service, stop)
-    done = saved.step if saved is not None else 0
-    return TrainParts(world, engine, references, stream.steps, schedule(train), alpha, train.steps, keep, stop, done)
+    return TrainParts(
+        world,
+        engine,
+        references=references or _build_references(inputs, engine.device, service, stop),
+        steps=stream(examples).steps,
+        schedule=schedule(train),
+        alpha=alpha,
+        num_steps=train.steps,
+        checkpoints=keep,
+        validation=validation,
+        stop=stop,
+        done=saved.step if saved is not None else 0,
+    )
 
 
 def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
@@ -184,6 +203,8 @@ def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engi
 def _student_module(inputs: Inputs, settings: ModelsSettings) -> StudentModule:
     recipe = inputs.recipe
     model: Any = load_model(inputs.where("models.student.weights"), inputs.student, settings)
+    if settings.lora is not None:
+        add_lora(inputs.where("models.lora.layers"), model, settings.lora, recipe.seed)
     if recipe.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return StudentModule(model, objective(recipe.objective), recipe.data.layout, inputs.vocab_size)
@@ -194,7 +215,7 @@ def _build_references(
 ) -> References:
     if not inputs.frozen:
         return NoReferences()
-    heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
+    heads = frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
     if service is None:
         return InProcessReferences(build_frozen(inputs, device, frozenset(inputs.frozen)), heads)
     facts_, settings = frozen_facts(inputs), _service_settings(inputs.recipe)
@@ -213,7 +234,7 @@ def _build_references(
 
 
 def _build_cached(inputs: Inputs, device: str, batches: Iterator[tuple[PackedBatch, float]]) -> References:
-    heads = _frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
+    heads = frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
     facts_ = frozen_facts(inputs)
     identities = {name: one.identity for name, one in facts_.items()}
     folder, _ = cache_folder(Path(inputs.recipe.root), terms(inputs, ""), identities)
@@ -239,7 +260,7 @@ def frozen_facts(inputs: Inputs) -> dict[str, FrozenFacts]:
     return {name: FrozenFacts(facts_.identity, facts_.hidden_size) for name, facts_ in inputs.frozen.items()}
 
 
-def _frozen_heads(inputs: Inputs, device: str) -> dict[str, Tensor]:
+def frozen_heads(inputs: Inputs, device: str) -> dict[str, Tensor]:
     """Load the heads alone: all that a student's process ever holds of a frozen model; equal ones are held once."""
     dtype = getattr(torch, inputs.recipe.models.dtype)
     heads: dict[str, Tensor] = {}

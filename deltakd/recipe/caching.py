@@ -16,10 +16,11 @@ from deltakd.base.ranks import Placement, assign_role
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import device_name
 from deltakd.losses.settings import needed_references
-from deltakd.recipe.build import build_stream, frozen_facts, planned, terms
-from deltakd.recipe.checks import check_paths, check_recipe
+from deltakd.recipe.build import frozen_facts, planned, terms
+from deltakd.recipe.checks import check_recipe
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import load
+from deltakd.recipe.paths import check_paths
 from deltakd.recipe.split import open_frozen
 from deltakd.teacher.cache import CacheWriter, Key, cache_folder, record_key
 from deltakd.teacher.payloads import hidden_size
@@ -71,7 +72,7 @@ def _asked(inputs: Inputs, num_students: int) -> Iterator[Asked]:
     examples = read_examples(recipe, inputs.tokenizer, progress=True)
     for rank in range(num_students):
         role = assign_role(Placement(rank, num_students, rank, num_students), 0)
-        for batch, alpha in planned(recipe, build_stream(recipe, examples, role).steps()):
+        for batch, alpha in planned(inputs, examples, role):
             for name in asked_names(spec, facts) if batch.num_supervised else []:
                 size = spec.num_bytes(batch.num_supervised, hidden_size(name, facts))
                 yield record_key(name, batch, alpha, spec), batch, alpha, size

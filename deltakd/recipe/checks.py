@@ -1,22 +1,17 @@
-"""What one setting asks of another, and of this machine's disk; every refusal names the line and the value to write.
+"""What one setting asks of another; every refusal names the line and the value to write.
 
-`check_recipe` looks at the recipe alone, so it runs anywhere; `check_paths` looks for local files and folders. Neither
-imports torch, asks the hub, or reads a row.
+Looks at the recipe alone, so it runs anywhere; what is named on the disk is looked for in `paths.py`. Imports no torch.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from glob import has_magic
 from pathlib import Path
 
-from deltakd.base.errors import DataError, ModelError, RecipeError
-from deltakd.base.hub import could_be_hub_id, refuse_unreachable
-from deltakd.data.settings import SourceSettings
-from deltakd.data.sources import local_files
+from deltakd.base.errors import RecipeError
 from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.settings import role_key
 from deltakd.recipe.load import Loaded, load
+from deltakd.recipe.paths import row_range, same_rows_source
 from deltakd.recipe.schema import CompareSettings, Recipe
 
 Where = Callable[[str], str]
@@ -45,43 +40,13 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     _check_serves(recipe, where)
     _check_lengths(recipe, where)
     _check_schedule(recipe, where)
+    _check_validation(recipe, where)
+    _check_profile(recipe, where)
     _check_rows_apart(recipe, where)
     _check_labels(recipe.evaluation.kept, "evaluation.kept", where)
     _check_labels(recipe.models.teachers, "models.teachers", where)
     _check_labels(recipe.models.teachers_raw, "models.teachers_raw", where)
     _check_pipeline(recipe, where)
-
-
-def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
-    """Raise RecipeError for local models and data that are not there; what can be a hub id passes.
-
-    `name` is the recipe's, for the command that would make what lies under its root.
-    """
-    for role in ["student", *sorted(needed_references(recipe.objective))]:
-        _check_model(recipe, f"{role_key(role)}.weights", recipe.models.roles[role].weights, where, name)
-    train = _check_source(recipe, "data.train", recipe.data.train, where, name)
-    if recipe.data.validation is not None:
-        validation = _check_source(recipe, "data.validation", recipe.data.validation, where, name)
-        shared = sorted(train & validation)
-        if shared and not _same_rows_source(recipe.data.train, recipe.data.validation):
-            raise RecipeError(
-                f"{where('data.validation.path')}: {shared[0]} is also read for data.train. "
-                "Write a path whose files data.train does not read."
-            )
-    for label, path in recipe.evaluation.kept.items():
-        if path is not None:
-            _check_files(recipe, f"evaluation.kept.{label}", path, where, name)
-
-
-def check_hub(recipe: Recipe, where: Where) -> None:
-    """Raise ModelError, after seconds, if a model that the objective needs is on a hub that cannot be reached."""
-    for role in ["student", *sorted(needed_references(recipe.objective))]:
-        model = recipe.models.roles[role]
-        if could_be_hub_id(model.weights):
-            try:
-                refuse_unreachable("model", model.weights, model.revision, ModelError)
-            except ModelError as error:
-                raise ModelError(f"{where(f'{role_key(role)}.weights')}: {error}") from error
 
 
 def _check_root(recipe: Recipe, where: Where) -> None:
@@ -101,6 +66,34 @@ def _check_references(recipe: Recipe, where: Where) -> None:
         raise RecipeError(
             f"{where(role_key(role))}: missing, but the target {recipe.objective.target.name} reads it. "
             f"Write {name or role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
+        )
+
+
+def _check_validation(recipe: Recipe, where: Where) -> None:
+    settings = recipe.validation
+    if settings.every_steps is not None and recipe.data.validation is None:
+        raise RecipeError(
+            f"{where('validation.every_steps')}: {settings.every_steps}, but there are no held-out rows. "
+            "Write data.validation: {path: FILE}."
+        )
+    if settings.every_steps is None and (settings.stop_after is not None or settings.export == "best"):
+        name = "stop_after" if settings.stop_after is not None else "export"
+        raise RecipeError(
+            f"{where(f'validation.{name}')}: {getattr(settings, name)}, but nothing is validated. "
+            "Write validation.every_steps."
+        )
+    if settings.answers_every is not None and recipe.data.format == "text":
+        raise RecipeError(
+            f"{where('validation.answers_every')}: {settings.answers_every}, but a text holds no prompt. "
+            "Leave it out, or write data.format: messages."
+        )
+
+
+def _check_profile(recipe: Recipe, where: Where) -> None:
+    if (window := recipe.records.profile_steps) and not 1 <= window[0] <= window[1] <= recipe.train.steps:
+        raise RecipeError(
+            f"{where('records.profile_steps')}: {list(window)} are no first and last step of "
+            f"{recipe.train.steps:,}. Write [2, 4]."
         )
 
 
@@ -197,9 +190,9 @@ def _check_schedule(recipe: Recipe, where: Where) -> None:
 def _check_rows_apart(recipe: Recipe, where: Where) -> None:
     """Refuse validation rows that are also trained on."""
     train, validation = recipe.data.train, recipe.data.validation
-    if validation is None or not _same_rows_source(train, validation):
+    if validation is None or not same_rows_source(train, validation):
         return
-    (train_begin, train_end), (begin, end) = _row_range(train), _row_range(validation)
+    (train_begin, train_end), (begin, end) = row_range(train), row_range(validation)
     if max(train_begin, begin) >= min(train_end, end):
         return
     if end != float("inf"):
@@ -241,62 +234,3 @@ def _check_comparison(recipe: Recipe, compare: CompareSettings, key: str, where:
         raise RecipeError(
             f"{where('data.validation')}: missing, but {key} draws its prompts there. Write a path of rows."
         )
-
-
-def _check_model(recipe: Recipe, key: str, weights: str, where: Where, name: str) -> None:
-    path = Path(weights).expanduser()
-    if path.exists() and not (path / "config.json").is_file():
-        raise RecipeError(f"{where(key)}: {weights} holds no config.json. Write the folder of a model.")
-    if not path.exists() and _is_local(weights, recipe.root):
-        raise _not_there(recipe, where(key), weights, name, "the folder of a model or a hub id")
-
-
-def _check_source(recipe: Recipe, key: str, source: SourceSettings, where: Where, name: str) -> set[Path]:
-    files = _check_files(recipe, f"{key}.path", source.path, where, name)
-    ignored = {
-        "subset": source.subset,
-        "revision": source.revision,
-        "split": None if source.split == "train" else source.split,
-    }
-    for setting, value in ignored.items():
-        if files and value is not None:
-            raise RecipeError(f"{where(f'{key}.{setting}')}: {value}, but {source.path} is local. Leave {setting} out.")
-    return files
-
-
-def _check_files(recipe: Recipe, key: str, path: str, where: Where, name: str) -> set[Path]:
-    """Return the local files that a path stands for, resolved; none for what can be a hub id."""
-    if not Path(path).expanduser().exists() and not has_magic(path):
-        if not _is_local(path, recipe.root):
-            return set()
-        raise _not_there(recipe, where(key), path, name, "an existing file, folder or pattern")
-    try:
-        return {file.resolve() for file in local_files(path)}
-    except DataError as error:
-        raise RecipeError(f"{where(key)}: {error}") from error
-
-
-def _is_local(path: str, root: str) -> bool:
-    """Tell whether a path that does not exist was meant as one of this machine, not as a hub id."""
-    first, slash, _ = path.partition("/")
-    return not could_be_hub_id(path) or _is_under(path, root) or bool(slash and Path(first).is_dir())
-
-
-def _is_under(path: str, root: str) -> bool:
-    return Path(os.path.normpath(root)) in (Path(os.path.normpath(path)), *Path(os.path.normpath(path)).parents)
-
-
-def _not_there(recipe: Recipe, prefix: str, path: str, name: str, instead: str) -> RecipeError:
-    todo = f"Write {instead}"
-    if recipe.pipeline and _is_under(path, recipe.root):
-        todo = f"Run `python -m deltakd run {name}` first, which makes it, or write {instead}"
-    return RecipeError(f"{prefix}: {path} does not exist. {todo}.")
-
-
-def _same_rows_source(one: SourceSettings, other: SourceSettings) -> bool:
-    facts = [(os.path.normpath(source.path), source.subset, source.split) for source in (one, other)]
-    return facts[0] == facts[1]
-
-
-def _row_range(source: SourceSettings) -> tuple[int, float]:
-    return source.skip_rows, source.skip_rows + (source.num_rows or float("inf"))

@@ -12,11 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltakd.base.errors import DataError
 from deltakd.base.rundir import machine_facts, write_json
 from deltakd.data.conversation import Conversation
 from deltakd.data.examples import Example
-from deltakd.data.formats import read_row
 from deltakd.data.packing import pack
 from deltakd.data.settings import DataSettings, SourceSettings
 from deltakd.data.sources import load_rows
@@ -31,6 +29,7 @@ from deltakd.evaluate.scores import rouge_rows
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.models.load import identity, load_model, resolve
 from deltakd.models.settings import WeightsSettings
+from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.schema import Recipe
 
@@ -40,7 +39,7 @@ RULES_VERSION = 1  # raise it when the same models and rows would get other scor
 def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console) -> None:
     """Score every model of the comparison and write results.json, table.md and all answers."""
     recipe = loaded.recipe
-    conversations = _prompts(recipe)
+    conversations = held_out_conversations(recipe, recipe.evaluation.num_prompts)
     scores = []
     columns = (
         TextColumn("{task.description:<14}"),
@@ -63,19 +62,6 @@ def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path
     write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
-
-
-def _prompts(recipe: Recipe) -> list[Conversation]:
-    """Read the first held-out conversations."""
-    assert recipe.data.validation is not None  # checked with the recipe
-    source = recipe.data.validation
-    if recipe.evaluation.num_prompts is not None:
-        source = source.model_copy(update={"num_rows": min(source.num_rows or 10**12, recipe.evaluation.num_prompts)})
-    rows = [read_row(row, recipe.data.format, where) for where, row in load_rows(source)]
-    conversations = [row for row in rows if isinstance(row, Conversation)]
-    if not conversations:
-        raise DataError(f"{source.path}: no conversation to draw a prompt from. Write data.format: messages or math.")
-    return conversations
 
 
 def _score_once(

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from deltakd.base.errors import EXIT_STOPPED, DeltaKDError, RunError, Stopped
 from deltakd.base.rundir import RunDirectory, machine_facts, remove
 from deltakd.data.examples import ExampleCounts
-from deltakd.recipe.checks import check_every_stage, check_hub, check_paths
+from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded, find_recipe, load
+from deltakd.recipe.paths import check_hub, check_paths
 from deltakd.recipe.schema import Recipe, StageSettings
 from deltakd.train.records import describe, describe_briefly
 

@@ -14,7 +14,7 @@ from deltakd.evaluate.settings import CompareSettings, EvaluationSettings
 from deltakd.losses.settings import ObjectiveSettings
 from deltakd.models.settings import ModelsSettings, NewModelSettings
 from deltakd.teacher.settings import ReferencesSettings, TeachersSettings
-from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSettings
+from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSettings, ValidationSettings
 
 EngineSettings = Annotated[DeepSpeedSettings | Fsdp2Settings | SingleSettings, Field(discriminator="name")]
 
@@ -61,6 +61,7 @@ class Recipe(Settings):
     teachers: TeachersSettings = TeachersSettings()
     train: TrainSettings
     checkpoints: CheckpointsSettings = CheckpointsSettings()
+    validation: ValidationSettings = ValidationSettings()
     engine: EngineSettings = DeepSpeedSettings(name="deepspeed")
     evaluation: EvaluationSettings = EvaluationSettings()
     records: RecordsSettings = RecordsSettings()

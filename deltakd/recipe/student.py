@@ -8,14 +8,15 @@ from deltakd.base.ranks import Role
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.data.examples import ExampleSet
+from deltakd.models.load import choose_attention
 from deltakd.recipe.build import build_parts, facts_of_run, meet
-from deltakd.recipe.checks import check_paths
 from deltakd.recipe.finished import find_checkpoint, is_finished
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import Loaded, dump_recipe
+from deltakd.recipe.paths import check_paths
 from deltakd.recipe.teachers import open_service
 from deltakd.train.checkpoints import Saved, agree
-from deltakd.train.loop import train
+from deltakd.train.loop import TrainParts, train
 from deltakd.train.records import Records
 
 
@@ -47,25 +48,41 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         service = None
         if role.num_local_teachers:
             service = open_service(loaded, run, inputs, role, launch, stack, lambda: stop.reason)
-        if role.rank == 0 and inputs.frozen:
-            print(f"references: {inputs.why}", flush=True)
-        parts = build_parts(inputs, examples, role, world, service, run.path, saved, lambda: stop.reason)
+        if role.rank == 0:
+            print("attention: {} ({})".format(*choose_attention(recipe.models)), flush=True)
+            print(f"references: {inputs.why if inputs.frozen else 'none'}", flush=True)
+        parts = build_parts(inputs, examples, role, world, service, run, saved, lambda: stop.reason)
         beside = list(inputs.frozen) if recipe.references.source == "in_process" else []
         heads = list(inputs.frozen) if not beside and inputs.spec.kind == "hidden" else []
         run.record_process("student", role.rank, parts.engine.device, ["student", *beside], heads)
         parts.world.barrier()
         if role.rank == 0:
             records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps, parts.done))
-            train(parts, records.write)
+            last_step = train(parts, records)
         else:
-            train(parts, lambda record: None)
+            last_step = train(parts, None)
         if role.rank == 0 and (short := parts.references.shortage()):
             print(short, flush=True)
+        _finish(run, inputs, parts, last_step)
+
+
+def _finish(run: RunDirectory, inputs: Inputs, parts: TrainParts, last_step: int) -> None:
+    """Export the model and mark the run as successful."""
+    recipe, validation = inputs.recipe, parts.validation
+    best = validation.best_step if validation is not None else 0
+    takes_best = bool(best) and recipe.validation.export == "best"
+    if not takes_best:
         parts.engine.save(run.export, inputs.tokenizer)
-        if role.rank == 0:
-            last = run.last_line("steps.jsonl") or {}
-            run.finish({"steps": recipe.train.steps, "loss": last.get("loss"), "inputs": inputs.identities})
-            print(f"{run.path}: finished after {recipe.train.steps} steps; the model lies in {run.export}", flush=True)
+    if parts.world.rank != 0:
+        return
+    if takes_best:
+        run.export_best()
+    last = run.last_line("steps.jsonl") or {}
+    facts = {"steps": last_step, "loss": last.get("loss"), "best_step": best or None, "inputs": inputs.identities}
+    run.finish(facts | {"exported_step": best if takes_best else last_step})
+    early = "" if last_step == recipe.train.steps else f" of {recipe.train.steps}, as validation.stop_after says"
+    which = f"the model of step {best}" if takes_best else "the model"
+    print(f"{run.path}: finished after {last_step} steps{early}; {which} lies in {run.export}", flush=True)
 
 
 def _begin(run: RunDirectory, inputs: Inputs, examples: ExampleSet, resume: bool) -> Saved | None:

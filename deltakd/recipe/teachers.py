@@ -16,10 +16,10 @@ from deltakd.base.scratch import SHARED_MEMORY, Scratch
 from deltakd.base.supervisor import pulse_from_environment
 from deltakd.losses.settings import needed_references
 from deltakd.recipe.build import Service, build_arena, frozen_facts, terms
-from deltakd.recipe.checks import check_paths
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.inputs import Inputs, read_inputs
 from deltakd.recipe.load import Loaded
+from deltakd.recipe.paths import check_paths
 from deltakd.recipe.schema import Recipe
 from deltakd.recipe.split import open_frozen
 from deltakd.recipe.supervise import Post, beside, wants_service

@@ -30,6 +30,7 @@ from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
 from deltakd.train.settings import CheckpointsSettings
+from deltakd.train.validation import Validation
 
 FOLDER = "checkpoints"
 FAULTY = "faulty"  # micro-batches of a step whose loss or gradient was not finite
@@ -47,6 +48,7 @@ class Saved:
     num_tokens: int
     num_supervised: int
     facts: Mapping[str, Any]  # what the run was: ranks, engine, models
+    validation: Mapping[str, Any]
 
 
 @dataclass
@@ -59,6 +61,7 @@ class Checkpoints:
     engine: Engine
     alpha: Alpha
     facts: Mapping[str, Any]
+    validation: Validation | None = None
     num_tokens: int = 0
     num_supervised: int = 0
     _newest: int = field(default=0, init=False)
@@ -70,6 +73,8 @@ class Checkpoints:
         if own.exists():  # more ranks than before: theirs begin with the seed's
             _set_random(load_file(own))
         self.alpha.restore(saved.alpha)
+        if self.validation is not None:
+            self.validation.restore(saved.validation)
         self.num_tokens, self.num_supervised, self._newest = saved.num_tokens, saved.num_supervised, saved.step
 
     def count(self, num_tokens: int, num_supervised: int) -> None:
@@ -143,6 +148,7 @@ class Checkpoints:
                 "alpha": self.alpha.state(),
                 "num_tokens": self.num_tokens,
                 "num_supervised": self.num_supervised,
+                "validation": self.validation.state() if self.validation is not None else {},
                 "facts": {**self.facts, "num_ranks": size},
             }
             write_json(part / "progress.json", progress)

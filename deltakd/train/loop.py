@@ -7,6 +7,7 @@ alone leaves the others in a collective. The state of the last whole step is the
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, tee
+from typing import Protocol
 
 from deltakd.base.errors import DeltaKDError, RunError, Stopped
 from deltakd.base.ranks import World
@@ -16,6 +17,9 @@ from deltakd.losses.schedules import Alpha
 from deltakd.teacher.references import References
 from deltakd.train.checkpoints import Checkpoints
 from deltakd.train.step import NotFinite, Scored, StepRecord, train_step
+from deltakd.train.validation import Sample, Validation, ValidationRecord
+
+Steps = Callable[[int], Iterator[list[PackedBatch]]]  # a rank's micro-batches from a step on, without end
 
 
 @dataclass(frozen=True)
@@ -25,13 +29,53 @@ class TrainParts:
     world: World
     engine: Engine
     references: References
-    steps: Callable[[int], Iterator[list[PackedBatch]]]  # this rank's micro-batches from a step on, without end
+    steps: Steps
     schedule: Callable[[int], float]
     alpha: Alpha
     num_steps: int
     checkpoints: Checkpoints | None  # None: a training that keeps none
+    validation: Validation | None = None
     stop: Callable[[], str | None] = lambda: None  # why this rank is asked to stop
     done: int = 0  # steps that a checkpoint holds
+
+
+class Recorder(Protocol):
+    """Where the numbers of a run go."""
+
+    def begins(self, step: int) -> None:
+        """Hear that a step begins."""
+
+    def write(self, record: StepRecord) -> None:
+        """Take note of a step."""
+
+    def validated(self, record: ValidationRecord, samples: list[Sample]) -> None:
+        """Take note of a validation, with some of the answers."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The next micro-batches of this rank: a step's, or those held out that are looked at after it."""
+
+    step: int
+    batches: list[PackedBatch]
+    alpha: float  # as far as it can be foretold
+    held_out: bool = False
+
+
+def tasks(
+    steps: Steps, alpha: Alpha, num_steps: int, validation: Validation | None = None, done: int = 0
+) -> Iterator[Task]:
+    """Yield everything that is still to be computed, in order."""
+
+    def owed(step: int) -> Iterator[Task]:
+        if validation is not None and validation.due(step):
+            yield Task(step, validation.batches, validation.alpha, held_out=True)
+
+    if validation is not None and validation.last_step < done:  # stopped between a step and its validation
+        yield from owed(done)
+    for step, batches in enumerate(islice(steps(done), num_steps - done), done + 1):
+        yield Task(step, batches, alpha.foretold(step))
+        yield from owed(step)
 
 
 class Halt(Exception):
@@ -42,30 +86,48 @@ class Halt(Exception):
         self.reason = reason
 
 
-def train(parts: TrainParts, write: Callable[[StepRecord], None]) -> None:
-    """Take the steps that are not done; `write` gets each record on rank 0.
+def train(parts: TrainParts, records: Recorder | None) -> int:
+    """Do what is not done and return the last step's number; rank 0 has `records`.
 
     Raises Stopped, or what ended the run, with the last whole step kept.
     """
-    # Two readers of one stream: the references run ahead of the steps, across their boundaries.
-    steps, upcoming = tee(islice(parts.steps(parts.done), parts.num_steps - parts.done))
-    first = parts.done + 1
-    asked = ((batch, parts.alpha.foretold(step)) for step, batches in enumerate(upcoming, first) for batch in batches)
+    # Two readers of one sequence: the references run ahead of the steps, across their boundaries.
+    work, upcoming = tee(tasks(parts.steps, parts.alpha, parts.num_steps, parts.validation, parts.done))
+    asked = ((batch, task.alpha) for task in upcoming for batch in task.batches)
     scored = together(parts.world, parts.references.ahead(asked), parts.stop)
-    for step, batches in enumerate(steps, first):
+    for task in work:
         try:
-            record = train_step(parts.engine, parts.world, parts.schedule, parts.alpha, batches, scored, step)
+            _do(parts, task, scored, records)
         except Halt as halt:
-            raise _kept(parts, step - 1, halt.reason) from None
+            raise _kept(parts, task.step if task.held_out else task.step - 1, halt.reason) from None
         except NotFinite as error:
             if parts.checkpoints is not None:
-                parts.checkpoints.keep_batches(step, batches)
-            raise _kept(parts, step - 1, error) from None
-        if parts.world.rank == 0:
-            write(record)
+                parts.checkpoints.keep_batches(task.step, task.batches)
+            raise _kept(parts, task.step - 1, error) from None
+        validation, step = parts.validation, task.step
+        if validation is not None and validation.due(step) and not task.held_out:
+            continue  # its validation belongs to it
+        ends = step == parts.num_steps or (validation is not None and validation.ends_training)
         if parts.checkpoints is not None:
-            parts.checkpoints.count(record.num_tokens, record.num_supervised)
-            parts.checkpoints.save_if_due(step, last=step == parts.num_steps)
+            parts.checkpoints.save_if_due(step, ends)
+        if ends:
+            return step
+    return parts.done
+
+
+def _do(parts: TrainParts, task: Task, scored: Scored, records: Recorder | None) -> None:
+    if task.held_out and parts.validation is not None:
+        validated = parts.validation.take(parts.engine, parts.world, scored, task.step)
+        if records is not None:
+            records.validated(*validated)
+        return
+    if records is not None:
+        records.begins(task.step)
+    record = train_step(parts.engine, parts.world, parts.schedule, parts.alpha, task.batches, scored, task.step)
+    if records is not None:
+        records.write(record)
+    if parts.checkpoints is not None:
+        parts.checkpoints.count(record.num_tokens, record.num_supervised)
 
 
 def together(world: World, scored: Scored, stop: Callable[[], str | None]) -> Scored:

@@ -16,8 +16,12 @@ from deltakd.base.errors import RunError
 from deltakd.base.rundir import RunDirectory
 from deltakd.train.settings import RecordsSettings
 from deltakd.train.step import StepRecord
+from deltakd.train.trace import Trace
+from deltakd.train.validation import Sample, ValidationRecord
 
 PLOTTED = ("loss", "cross_entropy", "divergence", "grad_norm", "learning_rate", "step_s", "wait_s")
+VALIDATED = ("loss", "cross_entropy", "divergence", "kl_to_target", "rouge1", "rouge2", "rougeL")
+SHOWN_LETTERS = 60  # of a prompt or an answer, on the console
 
 
 class Records:
@@ -45,6 +49,7 @@ class Records:
             self._wandb = wandb.init(
                 project=settings.wandb_project, name=name, dir=str(run.path), id=identity, resume="allow"
             )
+        self._trace = Trace(run.path, *settings.profile_steps) if settings.profile_steps else None
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn(name),
@@ -72,8 +77,15 @@ class Records:
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
 
+    def begins(self, step: int) -> None:
+        """Hear that a step begins; it may be one to trace."""
+        if self._trace is not None:
+            self._trace.begins(step)
+
     def write(self, record: StepRecord) -> None:
         """Record one optimizer step everywhere."""
+        if self._trace is not None and (path := self._trace.ended(record.step)):
+            self._bar.console.print(f"{path}: a trace, for chrome://tracing or ui.perfetto.dev", soft_wrap=True)
         values = asdict(record)
         self._run.append("steps.jsonl", values)
         for name in PLOTTED if self._tensorboard is not None else ():
@@ -84,6 +96,39 @@ class Records:
         self._bar.update(self._task, completed=record.step, text=describe_briefly(values))
         if not self._is_terminal:
             print(f"step {record.step}/{self._num_steps}  {text}", flush=True)
+
+    def validated(self, record: ValidationRecord, samples: list[Sample]) -> None:
+        """Record a validation everywhere, with some of the answers that it drew."""
+        values = asdict(record)
+        self._run.append("validation.jsonl", values)
+        for sample in samples:
+            self._run.append("samples.jsonl", {"step": record.step, **asdict(sample)})
+        plotted = {f"validation/{name}": values[name] for name in VALIDATED if values[name] is not None}
+        text = "\n\n".join(f"**{one.prompt}**\n\n{one.answer}" for one in samples)
+        if self._tensorboard is not None:
+            for name, value in plotted.items():
+                self._tensorboard.add_scalar(name, value, record.step)
+            if samples:
+                self._tensorboard.add_text("validation/answers", text, record.step)
+        if self._wandb is not None:
+            self._wandb.log(plotted, step=record.step)
+        self._bar.console.print(describe_validation(record, samples), markup=False, highlight=False, soft_wrap=True)
+
+
+def describe_validation(record: ValidationRecord, samples: list[Sample]) -> str:
+    """Say a validation in one line, and an answer in another."""
+    parts = [f"validation {record.step}  loss {record.loss:.4f}  cross_entropy {record.cross_entropy:.4f}"]
+    parts += [f"kl_to_target {record.kl_to_target:.4f}"] if record.kl_to_target is not None else []
+    parts += [f"ROUGE-L {100 * record.rougeL:.1f}"] if record.rougeL is not None else []
+    parts += ["the best so far"] if record.is_best else []
+    text = "  ".join(parts)
+    if samples:
+        text += f"\n  asked {_short(samples[0].prompt)}, answers {_short(samples[0].answer)}"
+    return text
+
+
+def _short(text: str) -> str:
+    return json.dumps(text if len(text) <= SHOWN_LETTERS else text[:SHOWN_LETTERS] + "...", ensure_ascii=False)
 
 
 def describe(record: dict[str, Any]) -> str:

@@ -43,10 +43,36 @@ class CheckpointsSettings(Settings):
     )
 
 
+class ValidationSettings(Settings):
+    """How the student does on data.validation while it trains. Changes no number of the training."""
+
+    every_steps: int | None = Field(
+        None, gt=0, description="Validate every so many steps and after the last one; null: never."
+    )
+    num_rows: int = Field(256, gt=0, description="The first rows of data.validation: loss, cross-entropy and KL.")
+    best_by: Literal["loss", "cross_entropy", "kl_to_target"] = Field(
+        "loss", description="The lowest is best, and its weights stay in best/, a Hugging Face folder."
+    )
+    export: Literal["last", "best"] = Field("last", description="Which weights the run exports.")
+    stop_after: int | None = Field(
+        None,
+        gt=0,
+        description="End the training after so many validations in a row without a better one; null: never.",
+    )
+    answers_every: int | None = Field(
+        None, gt=0, description="Every so many validations prompts are answered and ROUGE is taken; null: never."
+    )
+    num_prompts: int = Field(32, gt=0, description="How many; three of the answers are logged.")
+    max_new_tokens: int = Field(64, gt=0, description="The longest answer; how it is drawn: see evaluation.")
+
+
 class RecordsSettings(Settings):
     """Where the run's numbers go beside steps.jsonl."""
 
     tensorboard: bool = True
+    profile_steps: tuple[int, int] | None = Field(
+        None, description="First and last step that rank 0 traces, as [10, 12]; in trace/, for chrome://tracing."
+    )
     wandb_project: str | None = Field(
         None, description="A Weights & Biases project; null: off. Needs `pip install wandb`."
     )

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from deltakd.models.forward import TokenBatch, head_weight, lay_out, supervised_hidden
+from deltakd.models.attention import DOCUMENTS, register_documents
+from deltakd.models.forward import TokenBatch, head_weight, supervised_hidden
 
 VOCAB = 50
 
 
-def make(architecture: str, attention: str) -> torch.nn.Module:
+def make(architecture: str, attention: str, window: int | None = None) -> torch.nn.Module:
     torch.manual_seed(0)
+    sliding = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 0} if window else {}
     config = AutoConfig.for_model(
         architecture, vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=64, attn_implementation=attention,
+        num_key_value_heads=2, intermediate_size=64, attn_implementation=attention, **sliding,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
@@ -31,11 +31,10 @@ def batch_of(documents: list[torch.Tensor]) -> TokenBatch:
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", [register_documents(), "sdpa", "eager"])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 @torch.no_grad()
 def test_changing_a_document_leaves_the_logits_of_all_others_alone(architecture, attention, layout):
-    """Lengths 9, 4, 5, 2, 7: 4 and 5 share a row, as 2 and 7 do, and the first fills one alone."""
     model = make(architecture, attention)
     generator = torch.Generator().manual_seed(1)
     documents = [torch.randint(0, VOCAB, (n,), generator=generator) for n in (9, 4, 5, 2, 7)]
@@ -53,19 +52,20 @@ def test_changing_a_document_leaves_the_logits_of_all_others_alone(architecture,
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @torch.no_grad()
 def test_a_document_in_a_batch_is_the_document_alone(layout):
-    model = make("qwen2", "sdpa")
+    model = make("qwen2", DOCUMENTS)
     documents = [torch.arange(n) % VOCAB for n in (3, 8, 1, 6)]
     together = supervised_hidden(model, batch_of(documents), layout)
     alone = torch.cat([model.get_decoder()(input_ids=d[None], use_cache=False).last_hidden_state[0] for d in documents])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)  # fp32, other shapes of the same products
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
-def test_packed_rows_hold_every_document_whole_and_apart(lengths):
-    width = max(lengths)
-    rows, columns = lay_out(lengths, width, "packed")
-    cells = {(int(r), int(c) + i) for r, c, n in zip(rows, columns, lengths, strict=True) for i in range(n)}
-    assert len(cells) == sum(lengths)
-    assert max(column for _, column in cells) < width
-    assert len({row for row, _ in cells}) <= 2 * sum(lengths) / width + 1  # first fit leaves no two rows half empty
+@pytest.mark.parametrize("window", [None, 3])
+@torch.no_grad()
+def test_documents_attend_as_transformers_own_mask_lets_them(window):
+    """The same weights with a mask of [tokens, tokens]; a window of three tokens makes all but one document longer."""
+    models = [make("qwen2", attention, window) for attention in (register_documents(), "eager")]
+    batch = batch_of([torch.arange(n) % VOCAB for n in (3, 8, 1, 6)])
+    ours, theirs = (supervised_hidden(model, batch, "packed") for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    if window:
+        assert not torch.allclose(ours, supervised_hidden(make("qwen2", DOCUMENTS), batch, "packed"), atol=1e-2)

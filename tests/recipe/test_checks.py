@@ -6,8 +6,9 @@ import pytest
 
 from deltakd.base.errors import RecipeError
 from deltakd.losses.settings import ObjectiveSettings, needed_references
-from deltakd.recipe.checks import check_every_stage, check_paths
+from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.load import load
+from deltakd.recipe.paths import check_paths
 
 RECIPE = """\
 models:

@@ -23,18 +23,26 @@ QUICK = ("teachers.silent_s=1.5", "teachers.heartbeat_s=0.2")
 PLAIN = ("engine={name: single}", "references.from=in_process", "train.schedule=constant")
 
 
+# The undisturbed runs validate and most others do not: it changes no bit of the training.
+VALIDATED = ("validation={every_steps: 6, answers_every: 2, num_prompts: 5, max_new_tokens: 8}",)
+
+
 @pytest.fixture(scope="module")
 def plain(lab):
-    return curve(lab.train("plain", f"train.steps={STEPS}", *PLAIN))
+    return curve(lab.train("plain", f"train.steps={STEPS}", *VALIDATED, *PLAIN))
 
 
 @pytest.fixture(scope="module")
 def two(lab):
-    return curve(lab.train("two", f"train.steps={STEPS}", ranks=3))
+    return curve(lab.train("two", f"train.steps={STEPS}", *VALIDATED, ranks=3))
 
 
 def kept(step: int) -> str:
     return f"step-{step:08}"
+
+
+def untimed(lines):
+    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
 
 
 def checkpoints(directory: Path) -> list[str]:
@@ -49,7 +57,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
     whole = "two" if ranks else "plain"
     expected = request.getfixturevalue(whole)
     name, draw = f"killed_{kills}_times", random.Random(kills)
-    overrides = (f"train.steps={STEPS}", "checkpoints.every_steps=1", *settings)
+    overrides = (f"train.steps={STEPS}", "checkpoints.every_steps=1", *VALIDATED, *settings)
     before = 0
     for _ in range(kills):
         running = Running(lab, name, *overrides, ranks=ranks)
@@ -59,6 +67,8 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
         running.is_sent(signal.SIGKILL, *[process.pid for process in running.family()])
     assert Running(lab, name, *overrides, ranks=ranks).ends() == expected
     assert same_weights(lab, name, whole)
+    for file in ("validation.jsonl", "samples.jsonl"):
+        assert untimed(lab.lines(name, file)) == untimed(lab.lines(whole, file))
     gone_on = (running.directory / "resumed.jsonl").read_text().splitlines()
     assert len(gone_on) == kills and all(json.loads(line)["step"] for line in gone_on)
 

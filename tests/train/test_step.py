@@ -26,8 +26,8 @@ from deltakd.train.step import train_step
 SETTINGS = {"steps": 20, "tokens_per_step": 64, "tokens_per_micro_batch": 64, "learning_rate": 0.5}
 
 
-def make_engine(lab) -> SingleEngine:
-    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
+def make_engine(lab, dtype="float32") -> SingleEngine:
+    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype=dtype)
     model = load_model("student", lab.folder / "student", settings)
     module = StudentModule(model, objective({"sft_weight": 1.0}), "packed", 300)
     return SingleEngine(module, Optimizer(0.1, (0.9, 0.95), 0.0, 1.0), "cpu")
@@ -113,3 +113,17 @@ def test_the_rate_rises_to_its_peak_then_never_rises_and_ends_at_its_floor(warmu
         assert rates[0] == pytest.approx(0.5 / warmup)
     elif kind == "linear":
         assert all(a - b == pytest.approx(rates[0] - rates[1]) for a, b in pairwise(rates))
+
+
+def test_weights_in_16_bit_have_masters_that_take_steps_too_small_for_16_bit(lab):
+    """Of 2e-4 on weights around 1, of which bfloat16 tells those apart that differ by 8e-3."""
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        engine = make_engine(lab, dtype)
+        norm = engine._module.model.get_decoder().norm.weight
+        for _ in range(60):
+            engine.backward(norm.float().sum(), weight=1.0, last=True)
+            engine.update(2e-4, 1e-3)
+        moved[dtype] = float(norm.float().mean()) - 1
+    assert moved["float32"] == pytest.approx(-60 * 2e-4, rel=1e-3)
+    assert moved["bfloat16"] == pytest.approx(moved["float32"], abs=2**-8)

@@ -1,0 +1,73 @@
+"""Validation while a run trains: what it measures, which weights it calls the best, and when it ends the training."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from deltakd.data.conversation import Conversation
+from deltakd.data.formats import read_row
+from deltakd.data.packing import pack
+from deltakd.data.sources import load_rows
+from deltakd.data.template import ChatTemplate
+from deltakd.data.tokenizer import load_tokenizer
+from deltakd.evaluate.cross_entropy import cross_entropy_rows
+from deltakd.recipe.load import load
+from tests.run.running import Running
+from tests.run.test_resume import PLAIN
+
+MEASURED = ("loss", "cross_entropy", "kl_to_target", "rouge1", "rouge2", "rougeL")
+
+
+def cross_entropy(lab, export):
+    """Per token, over the held-out rows, by the code of the evaluate stage."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(str(export), False)
+    template = ChatTemplate(tokenizer)
+    rows = [read_row(row, "messages", where) for where, row in load_rows(load(str(lab.recipe)).recipe.data.validation)]
+    examples = [template.encode([row])[0] for row in rows if isinstance(row, Conversation)]
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
+    means = cross_entropy_rows(model, [pack([example]) for example in examples], len(tokenizer))
+    counts = [int(example.supervised.sum()) for example in examples]
+    return sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
+
+
+def test_it_measures_held_out_rows_keeps_the_best_and_ends_when_nothing_gets_better(lab):
+    """A rate that is too high: the training learns its rows by heart, and what is held out gets worse again."""
+    settings = ["train.steps=60", "train.learning_rate=3.0e-2", "objective.sft_weight=1.0", *PLAIN]
+    settings += ["validation={every_steps: 3, stop_after: 2, export: best, answers_every: 1, num_prompts: 4}"]
+    running = Running(lab, "early", *settings, "records.profile_steps=[2, 3]", "records.tensorboard=true")
+    running.ends()
+    lines, finished = running.lines("validation.jsonl"), json.loads((running.directory / "finished.json").read_text())
+    losses = [line["loss"] for line in lines]
+    best = min(range(len(lines)), key=losses.__getitem__)
+    assert len(losses) == best + 3 and [line["is_best"] for line in lines[best:]] == [True, False, False], losses
+    assert finished["steps"] == lines[-1]["step"] == 3 * len(lines) < 60
+    assert finished["best_step"] == finished["exported_step"] == lines[best]["step"]
+    assert cross_entropy(lab, running.directory / "export") == pytest.approx(lines[best]["cross_entropy"], rel=1e-5)
+    first, second = (load_file(running.directory / name / "model.safetensors") for name in ("best", "export"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    samples = running.lines("samples.jsonl")
+    assert len(samples) == 3 * len(lines) and all(0 <= line["rougeL"] <= 1 for line in lines)
+    said = running.log.read_text()
+    assert f"finished after {lines[-1]['step']} steps of 60" in said and json.dumps(samples[-3]["answer"])[:60] in said
+    assert "attention: sdpa (flash_attention_2 needs a GPU)" in said
+    with gzip.open(running.directory / "trace" / "steps-2-3.json.gz") as trace:
+        assert any("deltakd" in str(event) or "aten::mm" in str(event) for event in json.load(trace)["traceEvents"])
+    again = lab.run(*lab.command("run=early", *settings, "records.tensorboard=true"))
+    assert again.returncode == 0 and "nothing to do" in again.stdout
+
+
+def test_two_ranks_measure_what_one_does(lab):
+    """FSDP2: every rank takes its share of rows and prompts, and generates with weights that it shares."""
+    settings = ["train.steps=4", "validation={every_steps: 2, answers_every: 1, num_prompts: 5}", *PLAIN[1:]]
+    lab.train("validated_by_one", *settings, "engine={name: single}")
+    lab.train("validated_by_two", *settings, "engine={name: fsdp2}", ranks=2)
+    one, two = (lab.lines(f"validated_by_{name}", "validation.jsonl") for name in ("one", "two"))
+    for mine, theirs in zip(one, two, strict=True):
+        for name in MEASURED:
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
+        assert mine["num_supervised"] == theirs["num_supervised"]
