@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Start teacher ranks and student ranks of a recipe on this machine, without deepspeed's launcher:
 #   launchers/local.sh quickstart [STUDENTS] [TEACHERS] [key.sub=value ...]
+# No teachers (0) needs references.from=in_process or cache, or an objective without any.
 # Every rank's output is in the terminal; the first one that fails ends all, and Ctrl-C does too.
 set -u
-[ $# -ge 1 ] || { sed -n '2,4s/^# //p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
 here=$(cd "$(dirname "$0")" && pwd)
 recipe=$1 && shift
 students=1 teachers=1
@@ -16,6 +17,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MASTER_ADDR=127.0.0.1
 MASTER_PORT=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') || exit 2
 export MASTER_PORT
 launch=local-$$
+teaching=()
+[ "$teachers" -gt 0 ] && teaching=(--external-teachers teachers.per_node="$teachers")
 export DELTAKD_LAUNCHERS=$$  # ranks end with this script, even if it is gone before they look for it
 
 pids=()
@@ -28,8 +31,7 @@ for ((index = 0; index < teachers; index++)); do
 done
 for ((rank = 0; rank < students; rank++)); do
     RANK=$rank LOCAL_RANK=$rank WORLD_SIZE=$students LOCAL_WORLD_SIZE=$students \
-        "$python" "$here/train.py" --recipe "$recipe" --launch "$launch" --external-teachers \
-        teachers.per_node="$teachers" "$@" &
+        "$python" "$here/train.py" --recipe "$recipe" --launch "$launch" "${teaching[@]}" "$@" &
     pids+=($!)
 done
 # The run is over when every rank has ended well, or when the first has not.

@@ -18,11 +18,14 @@ import yaml
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
-from deltakd.base.ranks import forget_placement
+from deltakd.base.errors import DeltaKDError
+from deltakd.base.ranks import Placement, forget_placement
 from deltakd.data.settings import TokenizerSettings
 from deltakd.data.tokenizer import train_tokenizer
 from deltakd.models.new import write_new_model
 from deltakd.models.settings import NewModelSettings
+from deltakd.recipe.load import load
+from deltakd.recipe.ranks import Launch, run_rank
 
 # The same examples every time: a change is judged by what it changed.
 settings.register_profile("same", derandomize=True)
@@ -72,24 +75,55 @@ class Lab:
         return {**own, "PATH": path, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
     def command(
-        self, *overrides: str, ranks: int | None = None, stage: str | None = None, port: int | None = None
+        self,
+        *overrides: str,
+        ranks: int | None = None,
+        stage: str | None = None,
+        port: int | None = None,
+        launcher: str = "deepspeed",
     ) -> list[str]:
-        """Return the command of a training run: by the engine's launcher if `ranks` is given, else one process."""
+        """Return the command of a training run: by a launcher if `ranks` is given, else one process.
+
+        local.sh starts at once what deepspeed's launcher takes two more processes and their imports for.
+        """
+        script = str(REPOSITORY / "launchers" / "train.py")
         meet = ["--master_port", str(port or free_port())]
-        start = ["deepspeed", *meet, "--num_accelerators", str(ranks)] if ranks else [sys.executable]
-        if ranks and any("fsdp2" in override for override in overrides):
-            start = ["torchrun", *meet, "--nproc_per_node", str(ranks)]
         tail = ["--recipe", str(self.recipe), *(["--stage", stage] if stage else []), *overrides]
-        return [*start, str(REPOSITORY / "launchers" / "train.py"), *tail]
+        if ranks is None:
+            return [sys.executable, script, *tail]
+        if launcher == "torchrun":
+            return ["torchrun", *meet, "--nproc_per_node", str(ranks), script, *tail]
+        if launcher == "deepspeed":
+            return ["deepspeed", *meet, "--num_accelerators", str(ranks), script, *tail]
+        teachers = next((one.partition("=")[2] for one in overrides if one.startswith("teachers.per_node=")), "1")
+        if "references.from=in_process" in overrides:
+            teachers = "0"
+        students = str(ranks - int(teachers))
+        return ["bash", str(REPOSITORY / "launchers" / "local.sh"), str(self.recipe), students, teachers, *overrides]
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
 
-    def train(self, run: str, *overrides: str, ranks: int | None = None) -> list[dict[str, float]]:
+    def train_here(self, run: str, *overrides: str) -> None:
+        """Live a student rank's life in this process, which has imported already what takes a new one ten seconds."""
+        run_rank(load(str(self.recipe), [f"run={run}", *overrides]), Launch(Placement(0, 1, 0, 1)))
+
+    def train(
+        self, run: str, *overrides: str, ranks: int | None = None, launcher: str = "local.sh"
+    ) -> list[dict[str, float]]:
         """Train to the end and return the lines of steps.jsonl."""
-        done = self.run(*self.command(f"run={run}", *overrides, ranks=ranks))
+        if ranks is None and not any("engine={" in one for one in overrides if "single" not in one):
+            self.train_here(run, *overrides)
+            return self.lines(run, "steps.jsonl")
+        done = self.run(*self.command(f"run={run}", *overrides, ranks=ranks, launcher=launcher))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return self.lines(run, "steps.jsonl")
+
+    def refuses(self, run: str, *overrides: str) -> str:
+        """Return the sentence with which a run is refused; how it is said: test_bad_input."""
+        with pytest.raises(DeltaKDError) as refused:
+            self.train_here(run, *overrides)
+        return str(refused.value)
 
     def lines(self, run: str, name: str) -> list[dict[str, float]]:
         return [json.loads(line) for line in (self.folder / "runs" / run / name).read_text().splitlines()]
@@ -134,6 +168,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
         },
         "objective": {"target": {"name": "delta", "alpha": 0.5}},
         "train": {"steps": 5, "tokens_per_step": 512, "tokens_per_micro_batch": 256, "learning_rate": 1.0e-2},
+        "engine": {"name": "single"},
         "records": {"tensorboard": False},
         "evaluation": {"max_new_tokens": 8},
     }

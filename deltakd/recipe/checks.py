@@ -90,10 +90,11 @@ def _check_validation(recipe: Recipe, where: Where) -> None:
 
 
 def _check_profile(recipe: Recipe, where: Where) -> None:
-    if (window := recipe.records.profile_steps) and not 1 <= window[0] <= window[1] <= recipe.train.steps:
+    window, steps = recipe.records.profile, recipe.train.steps
+    if window is not None and not window.first_step <= window.last_step <= steps:
         raise RecipeError(
-            f"{where('records.profile_steps')}: {list(window)} are no first and last step of "
-            f"{recipe.train.steps:,}. Write [2, 4]."
+            f"{where('records.profile')}: {window.first_step} to {window.last_step} are no window of "
+            f"{steps:,} steps. Write {{first_step: 1, last_step: {min(3, steps)}}}."
         )
 
 

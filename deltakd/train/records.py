@@ -49,7 +49,7 @@ class Records:
             self._wandb = wandb.init(
                 project=settings.wandb_project, name=name, dir=str(run.path), id=identity, resume="allow"
             )
-        self._trace = Trace(run.path, *settings.profile_steps) if settings.profile_steps else None
+        self._trace = Trace(run.path, settings.profile) if settings.profile else None
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn(name),

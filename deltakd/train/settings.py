@@ -66,13 +66,18 @@ class ValidationSettings(Settings):
     max_new_tokens: int = Field(64, gt=0, description="The longest answer; how it is drawn: see evaluation.")
 
 
+class ProfileSettings(Settings):
+    """Which steps rank 0 traces with torch's profiler: into trace/, for chrome://tracing or ui.perfetto.dev."""
+
+    first_step: int = Field(gt=0)
+    last_step: int = Field(gt=0)
+
+
 class RecordsSettings(Settings):
     """Where the run's numbers go beside steps.jsonl."""
 
     tensorboard: bool = True
-    profile_steps: tuple[int, int] | None = Field(
-        None, description="First and last step that rank 0 traces, as [10, 12]; in trace/, for chrome://tracing."
-    )
+    profile: ProfileSettings | None = Field(None, description="Trace some steps; null: none.")
     wandb_project: str | None = Field(
         None, description="A Weights & Biases project; null: off. Needs `pip install wandb`."
     )

@@ -6,15 +6,17 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from deltakd.train.settings import ProfileSettings
+
 FOLDER = "trace"
 
 
 class Trace:
     """Records a window of steps; told when one begins and when one has been taken."""
 
-    def __init__(self, directory: Path, first: int, last: int) -> None:
-        self._path = directory / FOLDER / f"steps-{first}-{last}.json.gz"
-        self._first, self._last = first, last
+    def __init__(self, directory: Path, window: ProfileSettings) -> None:
+        self._first, self._last = window.first_step, window.last_step
+        self._path = directory / FOLDER / f"steps-{self._first}-{self._last}.json.gz"
         self._profile: Any = None
 
     def begins(self, step: int) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import psutil
 from safetensors.torch import load_file
 
+ZERO_3 = "engine={name: deepspeed, zero_stage: 3}"
 LOSSES = ("loss", "cross_entropy", "divergence", "grad_norm")
 DEADLINE_S = 240
 
@@ -41,11 +42,11 @@ def cmdline(process: psutil.Process) -> list[str]:
 class Running:
     """A run in the background, its teachers and its steps as they stand."""
 
-    def __init__(self, lab, name, *overrides, ranks=None):
+    def __init__(self, lab, name, *overrides, ranks=None, launcher="local.sh"):
         self.lab, self.name = lab, name
         self.directory = lab.folder / "runs" / name
         self.log = lab.folder / f"{name}.log"
-        command = lab.command(f"run={name}", *overrides, ranks=ranks)
+        command = lab.command(f"run={name}", *overrides, ranks=ranks, launcher=launcher)
         with self.log.open("wb") as output:
             self.launcher = subprocess.Popen(
                 command, cwd=lab.folder, env=lab.environment(), stdout=output, stderr=subprocess.STDOUT

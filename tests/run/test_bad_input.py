@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
 from deltakd.__main__ import guarded
 from deltakd.base.ranks import Placement
@@ -20,6 +19,7 @@ from deltakd.models.new import write_new_model
 from deltakd.models.settings import NewModelSettings
 from deltakd.recipe.load import load
 from deltakd.recipe.ranks import Launch, run_rank
+from tests.run.running import ZERO_3
 
 ALONE = Launch(Placement(0, 1, 0, 1))
 GOOD = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
@@ -125,7 +125,6 @@ def test_one_sentence_exit_code_2_and_nothing_half_written(lab, folder, capfd, m
     ]
     launch = Launch(Placement(0, 2, 0, 2)) if "two students" in case else ALONE
     monkeypatch.setenv("DELTAKD_LAUNCH", run.lower())
-    monkeypatch.setattr(functional, "linear", functional.linear)  # which ZeRO-3 replaces for the rest of a process
     if "two students" in case:
         given.append("objective.sft_weight=1.0")
 
@@ -152,7 +151,7 @@ def test_a_rendezvous_port_that_is_taken_is_named(lab):
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        done = lab.run(*lab.command("run=bad_port", "objective.sft_weight=1.0", ranks=2, port=port))
+        done = lab.run(*lab.command("run=bad_port", ZERO_3, "objective.sft_weight=1.0", ranks=2, port=port))
     assert done.returncode == 2
     assert f"port {port} is taken" in done.stdout + done.stderr and "--master_port" in done.stderr + done.stdout
     assert not (lab.folder / "runs" / "bad_port" / "export").exists()

@@ -9,8 +9,7 @@ import pytest
 from tests.run.running import Running, curve, same_weights, wait_until
 
 SPLIT = ("teachers.per_node=2", "teachers.tensor_parallel=2")
-SINGLE = "engine={name: single}"  # what frozen models say does not depend on the engine, and this one starts at once
-LONG = (SINGLE, *SPLIT, "train.steps=40", "references.dtype=float32")
+LONG = (*SPLIT, "train.steps=14", "references.dtype=float32")
 QUICK = ("teachers.silent_s=1.5", "teachers.heartbeat_s=0.2")
 
 
@@ -21,13 +20,12 @@ def undisturbed(lab):
 
 def test_its_losses_are_those_of_a_whole_one_and_it_is_equal_to_itself(lab, undisturbed):
     """Beside the student, and on ranks of its own, of which the second only keeps a place."""
-    whole = curve(lab.train("big_whole", SINGLE, *LONG[3:]))
+    whole = curve(lab.train("big_whole", *LONG[2:]))
     assert undisturbed != whole
     for mine, theirs in zip(undisturbed, whole, strict=True):
-        # Hidden states differ by 1e-6: sums in another order. What the gradient makes of it adds up over 40 steps.
+        # Hidden states differ by 1e-6: sums in another order. What the gradient makes of it adds up.
         assert mine[:3] == pytest.approx(theirs[:3], rel=1e-5) and mine[3] == pytest.approx(theirs[3], rel=1e-4)
-    for mine, theirs in zip(curve(lab.train("big_ranks", *LONG[1:], ranks=3)), undisturbed, strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3)  # ZeRO-3 against one plain process
+    assert curve(lab.train("big_ranks", *LONG, ranks=3)) == undisturbed
     shown = [(line["role"], line["rank"], line.get("shard", 0)) for line in lab.lines("big_ranks", "processes.jsonl")]
     assert sorted(shown) == [("student", 0, 0), ("teacher", 0, 0), ("teacher", 0, 1)]
     assert shown_by_watch(lab, "big_ranks").count("; 1 starts of teachers") == 1
@@ -63,7 +61,7 @@ def test_a_frozen_worker_is_noticed_and_no_bit_changes(lab, undisturbed):
 
 @pytest.mark.soak  # its key: tests/teacher/test_shards.py; caches are written and read in test_cache.py
 def test_a_cache_of_it_is_its_own(lab, undisturbed):
-    whole, split = (cached(lab, *words) for words in ((SINGLE, *LONG[3:]), LONG))
+    whole, split = (cached(lab, *words) for words in (LONG[2:], LONG))
     assert whole != split
     assert curve(lab.train("big_cached", *LONG, "references.from=cache")) == undisturbed
 
@@ -76,7 +74,7 @@ def cached(lab, *overrides):
 
 @pytest.mark.soak  # each end's terms in tests/teacher/test_refusals.py
 def test_a_run_refuses_teachers_that_are_split_or_in_8_bit_with_both_values(lab):
-    running = Running(lab, "big_refuses", SINGLE, "train.steps=100000")
+    running = Running(lab, "big_refuses", "train.steps=100000")
     try:
         running.reaches(2)
         eight = f"models.teacher={{weights: {lab.folder}/teacher, load_in_8bit: true}}"

@@ -5,27 +5,21 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 
+from deltakd.__main__ import main
 from tests.run.running import curve
-
-SINGLE = "engine={name: single}"  # what is read does not depend on the engine, and this one starts at once
-
-
-def train(lab, run, *overrides):
-    return lab.train(run, SINGLE, *overrides)
-
-
-def refused_run(lab, run, *overrides):
-    """Run what must end with one sentence, and return that sentence."""
-    done = lab.run(*lab.command(f"run={run}", SINGLE, *overrides))
-    assert done.returncode == 2 and done.stderr.count("deltakd: ") == 1, done.stderr
-    return done.stderr[done.stderr.index("deltakd: ") :]
 
 
 def verb(lab, *words):
-    return lab.run(*deltakd("cache"), str(lab.recipe), *words)
+    """Live the verb's life in this process."""
+    with redirect_stdout(StringIO()) as said, redirect_stderr(StringIO()) as faults:
+        code = main(["cache", str(lab.recipe), *words])
+    return SimpleNamespace(returncode=code, stdout=said.getvalue(), stderr=faults.getvalue())
 
 
 def deltakd(*words):
@@ -35,12 +29,12 @@ def deltakd(*words):
 @pytest.fixture(scope="module")
 def asked(lab):
     """What in-process references give; the service's are the same (test_same_numbers)."""
-    return curve(train(lab, "cache_asked", "references.from=in_process"))
+    return curve(lab.train("cache_asked", "references.from=in_process"))
 
 
 @pytest.fixture(scope="module")
 def written(lab):
-    done = verb(lab, "run=cache_written")
+    done = lab.run(*deltakd("cache"), str(lab.recipe), "run=cache_written")
     assert done.returncode == 0, done.stderr
     folder = next((lab.folder / "runs" / "cache").iterdir())
     return folder, done.stdout
@@ -49,7 +43,7 @@ def written(lab):
 def test_a_cache_gives_the_losses_of_asking_bit_for_bit_and_no_teacher_runs(lab, asked, written):
     folder, said = written
     assert "bytes to write" in said and "MiB are free" in said and "0 are there" in said
-    assert curve(train(lab, "cache_read", "references.from=cache")) == asked
+    assert curve(lab.train("cache_read", "references.from=cache")) == asked
     processes = lab.lines("cache_read", "processes.jsonl")
     assert [line["role"] for line in processes] == ["student"] and processes[0]["models"] == ["student"]
     # Hidden states keep the models apart: another alpha reads the same payloads.
@@ -60,14 +54,14 @@ def test_a_cache_gives_the_losses_of_asking_bit_for_bit_and_no_teacher_runs(lab,
 def test_the_whole_target_in_a_cache_is_that_of_its_alpha_alone(lab, asked):
     target = "references.payload=target"
     assert verb(lab, target).returncode == 0
-    expected = curve(train(lab, "target_asked", target, "references.from=in_process"))
-    assert curve(train(lab, "target_read", target, "references.from=cache")) == expected
-    refused = refused_run(lab, "target_other", target, "references.from=cache", "objective.target.alpha=0.25")
+    expected = curve(lab.train("target_asked", target, "references.from=in_process"))
+    assert curve(lab.train("target_read", target, "references.from=cache")) == expected
+    refused = lab.refuses("target_other", target, "references.from=cache", "objective.target.alpha=0.25")
     assert "nothing of target about a micro-batch" in refused
 
 
 def test_micro_batches_that_are_not_in_it_are_refused_before_the_first_step(lab, written):
-    refused = refused_run(lab, "cache_other", "references.from=cache", "train.tokens_per_micro_batch=200")
+    refused = lab.refuses("cache_other", "references.from=cache", "train.tokens_per_micro_batch=200")
     assert "Run `deltakd cache`" in refused
     assert not (lab.folder / "runs" / "cache_other" / "steps.jsonl").exists()
 
@@ -78,7 +72,7 @@ def test_a_flipped_byte_is_found_and_named_and_made_anew(lab, written):
     shard = folder / "00000.bin"
     before = shard.read_bytes()
     shard.write_bytes(before[:1000] + bytes([before[1000] ^ 1]) + before[1001:])
-    refused = refused_run(lab, "cache_flipped", "references.from=cache")
+    refused = lab.refuses("cache_flipped", "references.from=cache")
     assert f"{shard}: " in refused
     mended = verb(lab)
     assert mended.returncode == 0 and f"{shard}: " in mended.stderr and ", 0 bytes to write" not in mended.stdout

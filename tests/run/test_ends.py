@@ -8,7 +8,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.run.running import Running, cmdline, wait_until
+from tests.run.running import ZERO_3, Running, cmdline, wait_until
 
 DEADLINE_S = 60  # far beyond the 10 s that users are told, since the machine of a test may be busy
 REPOSITORY = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ class LongRun(Running):
     """A run without end, past its first step, with everything that belongs to it."""
 
     def __init__(self, lab, name: str, ranks: int | None, *overrides: str) -> None:
-        super().__init__(lab, name, "train.steps=100000", *overrides, ranks=ranks)
+        super().__init__(lab, name, "train.steps=100000", *overrides, ranks=ranks, launcher="deepspeed")
         self.reaches(1)
         self.processes = self.family()
         leading = [line for line in self.lines("processes.jsonl") if not line.get("shard")]
@@ -45,14 +45,13 @@ class LongRun(Running):
     "ranks,victim",
     [
         (1, "launcher"),
-        (1, "launch.py"),
-        (1, "student"),
-        (1, "teacher"),
         (3, "student"),
-        (3, "teacher"),
         (3, "supervisor"),
         (None, "student"),
-        (3, "worker"),
+        *(
+            pytest.param(*which, marks=pytest.mark.soak)
+            for which in [(1, "launch.py"), (1, "student"), (1, "teacher"), (3, "teacher"), (3, "worker")]
+        ),
         pytest.param(None, "split student", marks=pytest.mark.soak),
     ],
 )
@@ -61,7 +60,7 @@ def test_killing_any_process_ends_all(lab, ranks, victim):
     final = ["teachers.restarts=0", "teachers.give_up_s=2"] if victim in ("teacher", "worker") else []
     split = ["teachers.per_node=2", "teachers.tensor_parallel=2"] if victim in ("worker", "split student") else []
     name = f"killed_{ranks or 0}_{victim.replace('.', '_').replace(' ', '_')}"
-    running = LongRun(lab, name, ranks, *final, *split)
+    running = LongRun(lab, name, ranks, *final, *split, *([ZERO_3] if ranks == 3 else []))
     try:
         pid = {
             "launcher": running.launcher.pid,
@@ -121,25 +120,24 @@ def test_a_run_directory_in_use_is_refused_and_the_live_run_goes_on(lab):
     running.ends_clean()
 
 
-def test_a_finished_run_is_not_made_again(lab):
+def test_a_finished_run_is_not_made_again(lab, capfd):
     steps = lab.train("twice", "train.steps=1")
     before = (lab.folder / "runs" / "twice" / "steps.jsonl").stat().st_mtime_ns
-    again = lab.run(*lab.command("run=twice", "train.steps=1"))
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    lab.train("twice", "train.steps=1")
+    assert "nothing to do" in capfd.readouterr().out
     assert (lab.folder / "runs" / "twice" / "steps.jsonl").stat().st_mtime_ns == before
-    other = lab.run(*lab.command("run=twice", "train.steps=1", "train.learning_rate=1.0"))
-    assert other.returncode == 2 and "train.learning_rate: 0.01, now 1.0" in other.stderr
+    assert "train.learning_rate: 0.01, now 1.0" in lab.refuses("twice", "train.steps=1", "train.learning_rate=1.0")
     assert len(steps) == 1
 
 
 def test_a_run_whose_models_were_made_anew_is_refused_rather_than_taken_for_finished(lab, tmp_path):
     weights = shutil.copytree(lab.folder / "teacher", tmp_path / "teacher")
-    overrides = ["run=anew", "train.steps=1", f"models.teacher.weights={weights}"]
-    assert lab.run(*lab.command(*overrides)).returncode == 0
+    overrides = ["anew", "train.steps=1", f"models.teacher.weights={weights}", "references.from=in_process"]
+    lab.train(*overrides)
     other = load_file(weights / "model.safetensors")
     save_file({name: 2 * weight for name, weight in other.items()}, weights / "model.safetensors", {"format": "pt"})
-    again = lab.run(*lab.command(*overrides))
-    assert again.returncode == 2 and "models.teacher: " in again.stderr and "has been made anew since" in again.stderr
+    refused = lab.refuses(*overrides)
+    assert "models.teacher: " in refused and "has been made anew since" in refused
 
 
 def test_a_full_shared_memory_is_told_before_the_first_step_and_nothing_stays(lab):

@@ -99,6 +99,7 @@ def test_teachers_from_elsewhere_join_over_tcp_and_leave_without_harm(lab, undis
     assert not (lab.folder / "runs" / "joined" / "service").exists()
 
 
+@pytest.mark.soak  # with more students: tests/run/test_resume.py
 def test_when_no_teacher_can_come_back_the_run_ends_with_one_sentence(lab):
     running = Running(lab, "given_up", "train.steps=100000", "teachers.restarts=1", *QUICK)
     for step, teachers in ((2, 2), (4, 2)):

@@ -7,6 +7,7 @@ import pytest
 
 from deltakd.models.new import write_new_model
 from deltakd.models.settings import NewModelSettings
+from tests.run.running import ZERO_3
 
 REPOSITORY = Path(__file__).parents[2]
 SMALL = ["train.steps=2", "evaluation.num_prompts=6", "evaluation.max_new_tokens=6", "train.warmup_steps=0"]
@@ -56,10 +57,11 @@ def test_it_says_which_command_makes_the_models_that_are_missing(lab, tmp_path):
     assert done.returncode == 2 and "deltakd run" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.soak  # which starts most other runs of several ranks here
 def test_local_sh_starts_students_and_teachers_from_the_shell(lab):
     """Two students and two teachers give the curve of one student and one teacher."""
     one = lab.train("shell_reference")
-    done = lab.run("bash", f"{REPOSITORY}/launchers/local.sh", str(lab.recipe), "2", "2", "run=shell")
+    done = lab.run("bash", f"{REPOSITORY}/launchers/local.sh", str(lab.recipe), "2", "2", "run=shell", ZERO_3)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     roles = sorted((line["role"], line["rank"]) for line in lab.lines("shell", "processes.jsonl"))
     assert roles == [("student", 0), ("student", 1), ("teacher", 0), ("teacher", 1)]
@@ -91,8 +93,9 @@ def test_a_student_s_process_holds_of_the_teachers_nothing_but_their_heads(lab):
     overrides.append("references.payload=hidden")  # of so small a vocabulary the whole target would be chosen
     peak = {}
     for source in ("service", "in_process"):
-        steps = lab.train(f"memory_{source}", *overrides, "train.steps=1", f"references.from={source}")
-        peak[source] = steps[-1]["memory_bytes"]
+        own = [f"run=memory_{source}", *overrides, "train.steps=1", f"references.from={source}"]
+        assert lab.run(*lab.command(*own)).returncode == 0
+        peak[source] = lab.lines(f"memory_{source}", "steps.jsonl")[-1]["memory_bytes"]
     # With one of the two in it that is less than 1; 2 would be exact, but a kernel that reclaims takes some of either.
     assert peak["in_process"] - peak["service"] > 1.3 * num_bytes
     student = next(line for line in lab.lines("memory_service", "processes.jsonl") if line["role"] == "student")

@@ -5,12 +5,14 @@ import json
 import pytest
 from safetensors.torch import load_file
 
-from tests.run.running import curve, same_weights
+from tests.run.running import ZERO_3, curve, same_weights
+
+IN_PROCESS = "references.from=in_process"  # the same numbers, as the first test says, and one process less
 
 
 @pytest.fixture(scope="module")
 def delta(lab):
-    return lab.train("delta", ranks=1)
+    return lab.train("delta")
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +21,8 @@ def forward_kl(lab):
 
 
 def test_the_service_equals_references_in_process_bit_for_bit(lab, delta, forward_kl):
-    in_process = ["references.from=in_process"]
-    assert curve(lab.train("delta_in_process", *in_process)) == curve(delta)
-    assert curve(lab.train("fkl_in_process", *in_process, "objective.target={name: teacher}")) == curve(forward_kl)
+    assert curve(lab.train("delta_in_process", IN_PROCESS)) == curve(delta)
+    assert curve(lab.train("fkl_in_process", IN_PROCESS, "objective.target={name: teacher}")) == curve(forward_kl)
     assert same_weights(lab, "delta", "delta_in_process") and same_weights(lab, "forward_kl", "fkl_in_process")
     assert not same_weights(lab, "delta", "forward_kl")
 
@@ -36,15 +37,20 @@ def test_whole_logits_give_the_curve_of_hidden_states_within_their_16_bits(lab, 
     assert student["heads"] == []
 
 
-def test_bfloat16_and_checkpointed_activations_stay_near_the_float32_curve(lab, delta):
+@pytest.mark.parametrize(
+    "engine",
+    ["engine={name: single}", *(pytest.param(one, marks=pytest.mark.soak) for one in (ZERO_3, "engine={name: fsdp2}"))],
+)
+def test_bfloat16_and_checkpointed_activations_stay_near_the_float32_curve(lab, delta, engine):
     """bf16 weights keep 8 bits, and these models are loud: 25% on a gradient norm is rounding, a factor of 2 is not."""
-    steps = lab.train("bf16", "models.dtype=bfloat16", "train.gradient_checkpointing=true", "train.steps=2", ranks=1)
+    overrides = ["models.dtype=bfloat16", "train.gradient_checkpointing=true", "train.steps=2", IN_PROCESS]
+    steps = lab.train(f"bf16_{len(engine)}", *overrides, engine)
     for mine, theirs in zip(curve(steps), curve(delta)[:2], strict=True):
         assert mine == pytest.approx(theirs, rel=0.25)
 
 
 def test_delta_at_alpha_zero_equals_forward_kl_bit_for_bit(lab, forward_kl):
-    assert curve(lab.train("alpha_zero", "objective.target.alpha=0")) == curve(forward_kl)
+    assert curve(lab.train("alpha_zero", "objective.target.alpha=0", IN_PROCESS)) == curve(forward_kl)
 
 
 def test_a_teacher_in_two_halves_is_the_teacher_bit_for_bit(lab, forward_kl):
@@ -53,12 +59,13 @@ def test_a_teacher_in_two_halves_is_the_teacher_bit_for_bit(lab, forward_kl):
         "halves",
         f"models.teachers={{same: {{weights: {lab.folder}/teacher}}}}",
         "objective.target={name: mixture, weights: {teacher: 0.5, teacher.same: 0.5}}",
+        IN_PROCESS,
     )
     assert curve(steps) == curve(forward_kl)
 
 
 def test_a_scheduled_alpha_starts_as_its_start_and_stands_in_every_record(lab, delta):
-    steps = lab.train("moving", "objective.target.schedule={end: 1.0, steps: 3}", ranks=1)
+    steps = lab.train("moving", "objective.target.schedule={end: 1.0, steps: 3}", IN_PROCESS)
     assert [step["alpha"] for step in steps] == [0.5, 0.75, 1.0, 1.0, 1.0]
     assert curve(steps)[0] == curve(delta)[0] and curve(steps)[1] != curve(delta)[1]
     assert {step["alpha"] for step in delta} == {0.5}
@@ -67,7 +74,11 @@ def test_a_scheduled_alpha_starts_as_its_start_and_stands_in_every_record(lab, d
 def test_without_a_shift_delta_at_alpha_one_starts_at_its_target(lab, delta):
     """teacher = teacher_raw: the target is the raw student, which is where the student starts."""
     steps = lab.train(
-        "no_shift", "objective.target.alpha=1.0", f"models.teacher.weights={lab.folder}/teacher_raw", "train.steps=2"
+        "no_shift",
+        "objective.target.alpha=1.0",
+        f"models.teacher.weights={lab.folder}/teacher_raw",
+        "train.steps=2",
+        IN_PROCESS,
     )
     # The same payload with weights +1 and -1 cancels to a float32 rounding; that of the raw student is fp16.
     assert abs(steps[0]["divergence"]) < 1e-5 < 1e-1 < delta[0]["divergence"]
@@ -80,6 +91,7 @@ def test_ranks_micro_batches_and_layout_leave_the_loss_curve_alone(lab, delta, r
         f"ranks{ranks}_{layout}{examples}",
         f"data.layout={layout}",
         f"train.examples_per_micro_batch={examples}",
+        ZERO_3,
         ranks=ranks,
     )
     assert [step["num_tokens"] for step in steps] == [step["num_tokens"] for step in delta]
@@ -89,7 +101,8 @@ def test_ranks_micro_batches_and_layout_leave_the_loss_curve_alone(lab, delta, r
 
 
 def test_zero_3_equals_plain_torch(lab, delta):
-    steps = lab.train("single", "engine={name: single}")
+    """Started as a user starts it, by deepspeed's launcher."""
+    steps = lab.train("zero_3", ZERO_3, ranks=1, launcher="deepspeed")
     for mine, theirs in zip(curve(steps), curve(delta), strict=True):
         assert mine == pytest.approx(theirs, rel=2e-4)
 
@@ -117,8 +130,9 @@ def test_a_student_with_a_larger_head_than_its_teachers_trains_on_what_they_shar
     seen = (lab.folder / "train.jsonl").read_text().splitlines()[0]
     (lab.folder / "held_out.jsonl").write_text(seen + "\n")
     overrides = [f"models.student.weights={lab.folder}/wide", f"data.validation.path={lab.folder}/held_out.jsonl"]
+    overrides += [IN_PROCESS, "references.dtype=float32"]
     curves = [
-        curve(lab.train(f"wide_{payload}", *overrides, f"references.payload={payload}", "references.dtype=float32"))
+        curve(lab.train(f"wide_{payload}", *overrides, f"references.payload={payload}"))
         for payload in ("hidden", "logits")
     ]
     for one, other in zip(*curves, strict=True):

@@ -15,7 +15,6 @@ from deltakd.data.template import ChatTemplate
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.evaluate.cross_entropy import cross_entropy_rows
 from deltakd.recipe.load import load
-from tests.run.running import Running
 from tests.run.test_resume import PLAIN
 
 MEASURED = ("loss", "cross_entropy", "kl_to_target", "rouge1", "rouge2", "rougeL")
@@ -35,36 +34,38 @@ def cross_entropy(lab, export):
     return sum(mean * count for mean, count in zip(means, counts, strict=True)) / sum(counts)
 
 
-def test_it_measures_held_out_rows_keeps_the_best_and_ends_when_nothing_gets_better(lab):
+def test_it_measures_held_out_rows_keeps_the_best_and_ends_when_nothing_gets_better(lab, capfd):
     """A rate that is too high: the training learns its rows by heart, and what is held out gets worse again."""
     settings = ["train.steps=60", "train.learning_rate=3.0e-2", "objective.sft_weight=1.0", *PLAIN]
     settings += ["validation={every_steps: 3, stop_after: 2, export: best, answers_every: 1, num_prompts: 4}"]
-    running = Running(lab, "early", *settings, "records.profile_steps=[2, 3]", "records.tensorboard=true")
-    running.ends()
-    lines, finished = running.lines("validation.jsonl"), json.loads((running.directory / "finished.json").read_text())
+    settings += ["records={profile: {first_step: 2, last_step: 3}, tensorboard: true}"]
+    lab.train("early", *settings)
+    directory, lines = lab.folder / "runs" / "early", lab.lines("early", "validation.jsonl")
+    finished = json.loads((directory / "finished.json").read_text())
     losses = [line["loss"] for line in lines]
     best = min(range(len(lines)), key=losses.__getitem__)
     assert len(losses) == best + 3 and [line["is_best"] for line in lines[best:]] == [True, False, False], losses
     assert finished["steps"] == lines[-1]["step"] == 3 * len(lines) < 60
     assert finished["best_step"] == finished["exported_step"] == lines[best]["step"]
-    assert cross_entropy(lab, running.directory / "export") == pytest.approx(lines[best]["cross_entropy"], rel=1e-5)
-    first, second = (load_file(running.directory / name / "model.safetensors") for name in ("best", "export"))
+    assert cross_entropy(lab, directory / "export") == pytest.approx(lines[best]["cross_entropy"], rel=1e-5)
+    first, second = (load_file(directory / name / "model.safetensors") for name in ("best", "export"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    samples = running.lines("samples.jsonl")
+    samples = lab.lines("early", "samples.jsonl")
     assert len(samples) == 3 * len(lines) and all(0 <= line["rougeL"] <= 1 for line in lines)
-    said = running.log.read_text()
+    out, err = capfd.readouterr()
+    said = out + err
     assert f"finished after {lines[-1]['step']} steps of 60" in said and json.dumps(samples[-3]["answer"])[:60] in said
     assert "attention: sdpa (flash_attention_2 needs a GPU)" in said
-    with gzip.open(running.directory / "trace" / "steps-2-3.json.gz") as trace:
+    with gzip.open(directory / "trace" / "steps-2-3.json.gz") as trace:
         assert any("deltakd" in str(event) or "aten::mm" in str(event) for event in json.load(trace)["traceEvents"])
-    again = lab.run(*lab.command("run=early", *settings, "records.tensorboard=true"))
-    assert again.returncode == 0 and "nothing to do" in again.stdout
+    lab.train("early", *settings)
+    assert "nothing to do" in capfd.readouterr().out
 
 
 def test_two_ranks_measure_what_one_does(lab):
     """FSDP2: every rank takes its share of rows and prompts, and generates with weights that it shares."""
-    settings = ["train.steps=4", "validation={every_steps: 2, answers_every: 1, num_prompts: 5}", *PLAIN[1:]]
-    lab.train("validated_by_one", *settings, "engine={name: single}")
+    settings = ["train.steps=4", "validation={every_steps: 2, answers_every: 1, num_prompts: 5}", *PLAIN]
+    lab.train("validated_by_one", *settings)
     lab.train("validated_by_two", *settings, "engine={name: fsdp2}", ranks=2)
     one, two = (lab.lines(f"validated_by_{name}", "validation.jsonl") for name in ("one", "two"))
     for mine, theirs in zip(one, two, strict=True):
