@@ -55,7 +55,7 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         if words[1] == "VERB":
             return
         options = parser().parse_args(words[1:])
-        if options.verb == "watch" or (options.verb == "bench" and options.measurement in ("losses", "transport")):
+        if options.verb == "watch" or not hasattr(options, "recipe"):
             return
         if options.recipe != "mine":
             check_every_stage(options.recipe, options.overrides)

@@ -26,11 +26,12 @@ ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},
     "zmq": {f"teacher/{name}.py" for name in ("addresses", "heart", "members", "server")} | {"bench/transport.py"},
     "msgspec": {"teacher/messages.py", "teacher/addresses.py"},
-    "datasets": {"data/sources.py"},
+    "datasets": {"data/sources.py", "bench/trl.py"},
     "rouge_score": {"evaluate/scores.py"},
     "wandb": {"train/records.py"},
     "torchao": {"models/load.py"},
     "peft": {"models/lora.py"},
+    "trl": {"bench/trl.py", "bench/candidates.py"},
 }
 FILES = sorted((ROOT / "deltakd").rglob("*.py")) + sorted((ROOT / "launchers").rglob("*.py"))
 

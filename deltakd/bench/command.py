@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
     "variants": "train the eight parallelogram variants side by side, with and without the remedies",
     "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
+    "growth": "how a step's time and memory grow with the length of documents and with the vocabulary",
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
@@ -62,6 +63,9 @@ def add_bench(verbs: Any) -> None:
     step.add_argument("--steps", type=int, default=10, help="steps that are counted; default 10")
     step.add_argument("--rounds", type=int, default=3, help="turns that each arm takes; default 3")
     step.add_argument("--peak-tflops", type=float, help="of the device; default: a large product's, measured")
+    growth = kind("growth", "bench/growth.json")
+    growth.add_argument("--steps", type=int, default=3, help="steps that are counted at each point; default 3")
+    growth.add_argument("--points", type=int, default=5, help="of each axis, the smallest first; default 5: all")
     transport = kind("transport", "bench/transport.json")
     transport.add_argument("--sizes", default="1,16,64,256", help="payloads in MiB; default 1,16,64,256")
     transport.add_argument("--repeats", type=int, default=20, help="measurements, in turns with memcpy; default 20")
@@ -75,6 +79,11 @@ def run_bench(options: argparse.Namespace) -> None:
         sizes = {key: getattr(options, key) for key in ("tokens", "hidden", "teacher_hidden", "vocab", "device")}
         template = Case("deltakd", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
         losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
+        return
+    if options.measurement == "growth":
+        from deltakd.bench import growth
+
+        growth.bench(options.steps, options.out, options.points)
         return
     if options.measurement == "step":
         from deltakd.bench import step

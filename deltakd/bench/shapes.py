@@ -4,7 +4,7 @@ Speed does not depend on what weights say, so nothing here is trained; lengths o
 come from the rows that are given.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,3 @@ def _write_recipe(pair: Pair, rows: dict[str, Any], folder: Path) -> Path:
     }
     write_text(folder / "step.yaml", yaml.safe_dump(recipe, sort_keys=False))
     return folder / "step.yaml"
-
-
-def with_vocabulary(pair: Pair, vocab_size: int) -> Pair:
-    """Return the pair with another vocabulary."""
-    return replace(pair, vocab_size=vocab_size)

@@ -63,29 +63,12 @@ def _trainer(recipe: Recipe, folder: Path) -> tuple[Any, Counted, list[float]]:
         AutoModelForCausalLM.from_pretrained(one.weights, dtype=dtype) for one in (recipe.models.student, teacher)
     )
     rows = [{"messages": row["messages"]} for _, row in load_rows(recipe.data.train)]
-    settings = GKDConfig(
-        output_dir=str(folder / "trl"),
-        max_steps=recipe.train.steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=recipe.train.learning_rate,
-        lmbda=0.0,
-        beta=0.0,
-        temperature=1.0,
-        max_length=recipe.data.max_tokens,
-        bf16=recipe.models.dtype == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=recipe.train.gradient_checkpointing,
-        report_to=[],
-        save_strategy="no",
-        logging_strategy="no",
-        disable_tqdm=True,
-        seed=recipe.seed,
-    )
+    settings = GKDConfig(**_settings(recipe, folder))
     counted = Counted(DataCollatorForChatML(tokenizer=tokenizer, max_length=recipe.data.max_tokens))
     spent: list[float] = []
 
     class Clock(TrainerCallback):
-        """Times every step, its batch's preparation included as ours is."""
+        """Times every step; its batch has been made before, which is not counted."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.started = time.perf_counter()
@@ -103,6 +86,27 @@ def _trainer(recipe: Recipe, folder: Path) -> tuple[Any, Counted, list[float]]:
         callbacks=[Clock()],
     )
     return trainer, counted, spent
+
+
+def _settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    return {
+        "output_dir": str(folder / "trl"),
+        "max_steps": recipe.train.steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": recipe.train.learning_rate,
+        "lmbda": 0.0,
+        "beta": 0.0,
+        "temperature": 1.0,
+        "max_length": recipe.data.max_tokens,
+        "bf16": recipe.models.dtype == "bfloat16",
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": recipe.train.gradient_checkpointing,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+        "seed": recipe.seed,
+    }
 
 
 if __name__ == "__main__":

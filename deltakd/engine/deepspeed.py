@@ -18,6 +18,7 @@ from torch import Tensor
 from deltakd.base.errors import RunError
 from deltakd.base.ranks import Role
 from deltakd.base.rundir import remove
+from deltakd.engine.join import by_first_rank
 from deltakd.engine.protocol import (
     Optimizer,
     StudentModule,
@@ -124,9 +125,7 @@ class DeepSpeedEngine:
             with deepspeed.zero.GatheredParameters([parameter]):
                 if self._rank == 0:
                     state[name] = parameter.detach().cpu().clone()
-        if self._rank == 0:
-            save_folder(self._module.model, state, tokenizer, folder)
-        torch.distributed.barrier()
+        by_first_rank(self._rank, self.device, lambda: save_folder(self._module.model, state, tokenizer, folder))
 
     def save_state(self, folder: Path) -> None:
         self._engine.save_checkpoint(str(folder), tag=TAG, exclude_frozen_parameters=self._has_frozen)

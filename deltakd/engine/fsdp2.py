@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from deltakd.base.ranks import Role
+from deltakd.engine.join import by_first_rank
 from deltakd.engine.protocol import (
     Optimizer,
     StudentModule,
@@ -99,9 +100,7 @@ class Fsdp2Engine:
             whole = parameter.detach().full_tensor()
             if self._rank == 0:
                 state[name] = whole.to(self._dtype).cpu().clone()
-        if self._rank == 0:
-            save_folder(self._module.model, state, tokenizer, folder)
-        torch.distributed.barrier()
+        by_first_rank(self._rank, self.device, lambda: save_folder(self._module.model, state, tokenizer, folder))
 
     def save_state(self, folder: Path) -> None:
         model, adamw = get_state_dict(self._module, self._adamw, options=TRAINED_ONLY)

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Callable
 
 import torch
 import torch.distributed
@@ -42,6 +43,22 @@ def join_students(role: Role) -> TorchWorld:
             f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
         ) from error
     return TorchWorld(device)
+
+
+def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
+    """Have rank 0 do what may fail, while the others wait. Raises RunError on all ranks if it does."""
+    fault = None
+    if rank == 0:
+        try:
+            work()
+        except RunError as error:
+            fault = error
+    failed = torch.tensor([float(fault is not None)], device=device)
+    torch.distributed.all_reduce(failed)
+    if fault is not None:
+        raise fault
+    if failed:
+        raise RunError("another student rank cannot go on. Its own line says why.")
 
 
 def _free_port() -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deltakd.__main__ import main
+from deltakd.bench.arms import ARMS
 from deltakd.bench.candidates import Case, candidate, draw
 
 
@@ -63,3 +64,37 @@ def test_bench_payloads_finds_hidden_states_nearest_and_top_k_farthest(lab, tmp_
 def test_what_cannot_be_measured_is_said_in_one_sentence(command, words, capsys):
     assert main(command) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_bench_step_runs_every_arm_at_a_tiny_shape(tmp_path, capsys):
+    """But TRL's, which is no part of the installation. Ratios are what the run's own seconds say."""
+    out = tmp_path / "step.json"
+    arms = [arm for arm in ARMS if arm != "trl"]
+    words = ["--shape=tiny", "--steps=2", "--rounds=1", f"--arms={','.join(arms)}", f"--out={out}"]
+    assert main(["bench", "step", *words]) == 0, capsys.readouterr().err
+    report = json.loads(out.read_text())["arms"]
+    assert list(report) == arms
+    for arm, row in report.items():
+        assert row["tokens_per_s"] > 0 and row["peak_bytes"] > 2**20 and row["padding"] == 0
+        if "of_sft" in row:
+            assert row["of_sft"] == pytest.approx(row["step_s"][0] / report["sft"]["step_s"][0]), arm
+    assert report["cache_hidden"]["of_demanded"] < report["cache_hidden"]["of_sft"]
+    assert report["service"]["waiting"] > report["sft"]["waiting"]
+
+
+@pytest.mark.soak
+def test_bench_growth_measures_both_axes_and_draws_them(tmp_path):
+    out = tmp_path / "growth.json"
+    assert main(["bench", "growth", "--steps=1", "--points=2", f"--out={out}"]) == 0
+    points = json.loads(out.read_text())["points"]
+    assert {axis: [point["size"] for point in line] for axis, line in points.items()} == {
+        "length": [256, 512],
+        "vocabulary": [4096, 16_384],
+    }
+    assert "<svg" in out.with_suffix(".svg").read_text()
+
+
+def test_bench_step_refuses_an_arm_that_is_none(tmp_path, capsys):
+    assert main(["bench", "step", "--arms=sft,fast", f"--out={tmp_path}/step.json"]) == 2
+    assert "--arms: fast is not known. Write some of sft, " in capsys.readouterr().err

@@ -1,9 +1,11 @@
 """A frozen model in 8 bit: a run of its own kind, which all ways to its numbers agree on."""
 
-import sys
+from contextlib import redirect_stdout
+from io import StringIO
 
 import pytest
 
+from deltakd.__main__ import main
 from tests.run.running import curve
 
 EIGHT = "models.teacher={{weights: {}/teacher, load_in_8bit: true}}"
@@ -34,9 +36,9 @@ def test_the_service_and_the_cache_say_the_same_of_it_bit_for_bit(lab, eight, in
 
 
 def caching(lab, *overrides):
-    done = lab.run(sys.executable, "-m", "deltakd", "cache", str(lab.recipe), "run=eight_cache", *overrides)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1].partition(": complete")[0]
+    with redirect_stdout(StringIO()) as said:
+        assert main(["cache", str(lab.recipe), "run=eight_cache", *overrides]) == 0
+    return said.getvalue().splitlines()[-1].partition(": complete")[0]
 
 
 def test_a_finished_run_with_a_teacher_in_8_bit_is_known_again(lab, eight, in_process):

@@ -6,14 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.run.running import Running, curve
+from tests.run.running import Running, curve, same_weights
 
-SETTINGS = [
-    "train.learning_rate=1.0e-3",
-    "train.weight_decay=0.1",
-    "train.schedule=constant",
-    "references.from=in_process",
-]
+SETTINGS = ["train.learning_rate=1.0e-3", "train.weight_decay=0.1", "train.schedule=constant"]
+SETTINGS += ["references.from=in_process"]
+LORA = "models.lora={rank: 4, alpha: 16}"
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +86,33 @@ def test_a_killed_run_goes_on_bit_for_bit_and_on_another_number_of_ranks_within_
     ended = Running(lab, name, *settings, ranks=1).ends()
     torch.testing.assert_close(torch.tensor(ended), torch.tensor(curve(whole)), rtol=1e-6, atol=0)
     assert weights_apart(lab, name, f"{name}_whole") < 1e-6
+
+
+@pytest.mark.parametrize(
+    "engine,ranks",
+    [
+        ("{name: single}", None),
+        *(
+            pytest.param(engine, 2, marks=soak)
+            for engine in ("{name: fsdp2}", "{name: deepspeed, zero_stage: 1}", "{name: deepspeed, zero_stage: 3}")
+        ),
+    ],
+)
+def test_adapters_train_alike_and_go_on_from_a_checkpoint_that_holds_nothing_else(lab, engine, ranks):
+    """Two runs, one of which is stopped half-way; both beside plain torch. A rate that moves the merged weights."""
+    settings = [*SETTINGS, LORA, "train.learning_rate=1.0e-2"]
+    expected = curve(lab.train("lora_plain", *settings, "train.steps=10"))
+    name, own = f"lora_{letters(engine)}", [*settings, f"engine={engine}", "checkpoints.every_steps=5"]
+    whole = curve(lab.train(f"{name}_whole", *own, "train.steps=10", ranks=ranks))
+    lab.train(name, *own, "train.steps=5", ranks=ranks)
+    mine = curve(lab.train(name, *own, "train.steps=10", ranks=ranks))
+    assert mine == whole and same_weights(lab, name, f"{name}_whole")
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(expected), rtol=1e-5, atol=0)
+    assert weights_apart(lab, name, "lora_plain") < 1e-5
+    run = lab.folder / "runs" / name
+    before, after = (load_file(f / "model.safetensors") for f in (lab.folder / "student", run / "export"))
+    moved = {key for key in before if not before[key].equal(after[key])}
+    assert moved and all("proj.weight" in key for key in moved)
+    if ranks is None:
+        saved = load_file(run / "checkpoints" / "step-00000010" / "engine" / "weights.safetensors")
+        assert saved and all(".lora_" in key for key in saved)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.run.running import DEADLINE_S, Running, cmdline, curve, same_weights, wait_until
+from tests.run.running import DEADLINE_S, ZERO_3, Running, cmdline, curve, same_weights, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 QUICK = ("teachers.silent_s=1.5", "teachers.heartbeat_s=0.2")
@@ -173,7 +173,9 @@ def test_fifty_runs_killed_at_random_moments_leave_nothing(lab):
     draw, before, tally = random.Random(0), set(Path("/dev/shm").iterdir()), []
     for number in range(50):
         ranks = draw.choice([None, 1, 3])
-        running = Running(lab, f"random_{number}", "train.steps=100000", "checkpoints.every_steps=5", ranks=ranks)
+        start = {"ranks": ranks, "launcher": draw.choice(["deepspeed", "local.sh"])}
+        own = ["train.steps=100000", "checkpoints.every_steps=5", *([ZERO_3] if ranks == 3 else [])]
+        running = Running(lab, f"random_{number}", *own, **start)
         if draw.random() < 0.6:  # in the middle of training; the others while they start
             running.reaches(draw.randint(1, 30))
         time.sleep(draw.uniform(0, 5))

@@ -84,7 +84,9 @@ def test_without_a_shift_delta_at_alpha_one_starts_at_its_target(lab, delta):
     assert abs(steps[0]["divergence"]) < 1e-5 < 1e-1 < delta[0]["divergence"]
 
 
-@pytest.mark.parametrize("ranks,layout,examples", [(3, "padded", 1), (3, "packed", 4)])
+@pytest.mark.parametrize(
+    "ranks,layout,examples", [(3, "padded", 1), pytest.param(3, "packed", 4, marks=pytest.mark.soak)]
+)
 def test_ranks_micro_batches_and_layout_leave_the_loss_curve_alone(lab, delta, ranks, layout, examples):
     """Two students and a teacher rank against one student. Same tokens, other sums: fp32 rounding only."""
     steps = lab.train(
