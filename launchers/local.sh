@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start teacher ranks and student ranks of a recipe on this machine, without deepspeed's launcher:
 #   launchers/local.sh quickstart [STUDENTS] [TEACHERS] [key.sub=value ...]
-# No teachers (0) needs references.from=in_process or cache, or an objective without any.
+# With no teachers (0) a single student starts one beside itself; several need references.from=in_process or cache.
 # Every rank's output is in the terminal; the first one that fails ends all, and Ctrl-C does too.
 set -u
 [ $# -ge 1 ] || { sed -n '2,5s/^# //p' "$0"; exit 2; }
@@ -10,6 +10,7 @@ recipe=$1 && shift
 students=1 teachers=1
 case ${1:-} in [0-9]*) students=$1 && shift ;; esac
 case ${1:-} in [0-9]*) teachers=$1 && shift ;; esac
+[ "$students" -gt 0 ] || { echo "local.sh: 0 students have nothing to train. Start 1 or more." >&2; exit 2; }
 python=${PYTHON:-$here/../.venv/bin/python}
 [ -x "$python" ] || python=python
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} MASTER_ADDR=127.0.0.1

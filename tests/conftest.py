@@ -96,8 +96,8 @@ class Lab:
         if launcher == "deepspeed":
             return ["deepspeed", *meet, "--num_accelerators", str(ranks), script, *tail]
         teachers = next((one.partition("=")[2] for one in overrides if one.startswith("teachers.per_node=")), "1")
-        if "references.from=in_process" in overrides:
-            teachers = "0"
+        if ranks == 1 or "references.from=in_process" in overrides:
+            teachers = "0"  # a student that is alone starts its own
         students = str(ranks - int(teachers))
         return ["bash", str(REPOSITORY / "launchers" / "local.sh"), str(self.recipe), students, teachers, *overrides]
 
