@@ -204,6 +204,19 @@ def test_a_full_disk_costs_no_checkpoint(lab, plain):
         assert curve(lab.train("full", *settings)) == plain
 
 
+def test_a_disk_that_can_only_be_read_is_told_and_costs_nothing(lab, plain):
+    """Before the first step where the run itself lies on it; at the first checkpoint where that does."""
+    for name, place, step in (("read_only", "", 0), ("read_only_later", "checkpoints", 2)):
+        run = lab.folder / "runs" / name
+        settings = [f"train.steps={STEPS}", "checkpoints.every_steps=2", *PLAIN]
+        with small_disk(run / place, 50_000_000):
+            subprocess.run(["mount", "-o", "remount,ro", str(run / place)], check=True)
+            assert "cannot be written (" in lab.refuses(name, *settings)
+            assert len(lab.lines(name, "steps.jsonl") if (run / "steps.jsonl").exists() else []) == step
+            subprocess.run(["mount", "-o", "remount,rw", str(run / place)], check=True)
+            assert curve(lab.train(name, *settings)) == plain
+
+
 def test_a_gradient_that_is_not_finite_keeps_its_batch_and_the_step_before(lab):
     """Twice: the same command goes on from the step before, and meets the same numbers."""
     again = [f"train.steps={STEPS}", *PLAIN, "train.learning_rate=30.0"]
