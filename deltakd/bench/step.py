@@ -148,17 +148,15 @@ def _frozen_products(pair: Pair) -> float:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    titles = ("arm", "tokens/s", "x SFT", "x demanded", "waiting", "utilisation", "padding", "cores", "peak MiB")
-    table = Table(*titles, title="steps after warming up; medians over rounds")
-    for row in rows.values():
-        of_sft = f"{row['of_sft']:.2f}" if "of_sft" in row else ""
-        demanded = f"{row['of_demanded']:.2f}" if "of_demanded" in row else ""
+    titles = ("arm", "tokens/s", "of SFT", "of demanded", "waits", "utilised", "padding", "cores", "MiB")
+    table = Table(*titles, title="medians over rounds", caption="\n".join(f"{a}: {r['what']}" for a, r in rows.items()))
+    for arm, row in rows.items():
         table.add_row(
-            row["what"],
+            arm,
             f"{row['tokens_per_s']:,.0f}",
-            of_sft,
-            demanded,
-            f"{row['waiting']:.1%}",
+            f"{row['of_sft']:.2f}" if "of_sft" in row else "",
+            f"{row['of_demanded']:.2f}" if "of_demanded" in row else "",
+            f"{row['waiting']:.0%}",
             f"{row['utilisation']:.0%}",
             f"{row['padding']:.0%}",
             f"{row['cores']:.1f}",
