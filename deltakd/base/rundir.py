@@ -31,6 +31,7 @@ FINISHED = "finished.json"
 GLANCES = 3
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
+BEST_STEP = "validated.json"  # in `best`: of which step it is
 BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
 FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints"})
@@ -55,13 +56,27 @@ class RunDirectory:
         """Where the weights of the best validation lie, as such a folder."""
         return self.path / "best"
 
+    @property
+    def best_step(self) -> int:
+        """The step whose weights lie in `best`; 0 if none does."""
+        try:
+            return int(json.loads((self.best / BEST_STEP).read_text())["step"])
+        except (OSError, ValueError, KeyError):
+            return 0
+
     def export_best(self) -> None:
-        """Let the run's model be that of its best validation."""
+        """Let the run's model be that of its best validation. Raises RunError if it cannot be written."""
         part = self.export.with_name("export.part")
-        remove(part)
-        shutil.copytree(self.best, part)
-        remove(self.export)
-        part.replace(self.export)
+        try:
+            remove(part)
+            shutil.copytree(self.best, part, ignore=shutil.ignore_patterns(BEST_STEP))
+            remove(self.export)
+            part.replace(self.export)
+        except (OSError, shutil.Error) as error:
+            raise RunError(
+                f"{self.export}: cannot be written ({str(error)[:160]}). Free space or rights and start the same "
+                "command again: it goes on from its last checkpoint."
+            ) from error
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -98,10 +113,13 @@ class RunDirectory:
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})
 
-    def go_on(self, recipe_text: str, step: int) -> None:
-        """Take back what was written after a checkpoint's step, and note that the run goes on from there."""
+    def go_on(self, recipe_text: str, step: int, validated: int) -> None:
+        """Take back what was written after a checkpoint's step, and note that the run goes on from there.
+
+        `validated` is the last step of which the checkpoint knows a validation: one after the same step comes again.
+        """
         for name in BY_STEP:
-            self._take_back(self.path / name, step)
+            self._take_back(self.path / name, step if name == "steps.jsonl" else validated)
         remove(self.path / FINISHED)  # what it exported stays until there is something better
         write_text(self.path / "recipe.yaml", recipe_text)
         self.append("resumed.jsonl", {"step": step, **machine_facts()})

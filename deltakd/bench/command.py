@@ -60,7 +60,7 @@ def add_bench(verbs: Any) -> None:
     step.add_argument("--shape", choices=list(PAIRS), default="small", help="of student and teacher; default small")
     step.add_argument("--data", help="rows with messages: a file or pattern; default: the quickstart's world")
     step.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}; default: all")
-    step.add_argument("--steps", type=int, default=10, help="steps that are counted; default 10")
+    step.add_argument("--steps", type=int, default=8, help="steps that are counted, a multiple of 4; default 8")
     step.add_argument("--rounds", type=int, default=3, help="turns that each arm takes; default 3")
     step.add_argument("--peak-tflops", type=float, help="of the device; default: a large product's, measured")
     growth = kind("growth", "bench/growth.json")

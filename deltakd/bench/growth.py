@@ -59,8 +59,10 @@ def _measure(axis: str, pair: Pair, steps: int, rows: str, folder: Path) -> dict
     overrides = ["data.format=text", f"train.steps={steps + WARM_UP}"]
     overrides += ["references={from: in_process, payload: hidden}", f"data.train.num_rows={ROWS}"]
     run = watch(trainer(recipe, "growth", overrides), place / "runs" / "growth" / "steps.jsonl", place / "log.txt")
-    point = {"size": size, "s_per_token": run.total("step_s") / run.total("num_tokens"), "peak_bytes": run.peak_bytes}
-    print(f"{axis} {size}: {1 / point['s_per_token']:,.0f} tokens/s, {run.peak_bytes / 2**20:,.0f} MiB", flush=True)
+    first = (place / "runs" / "growth" / "processes.jsonl").read_text().splitlines()[0]
+    grown = run.peak_bytes - json.loads(first)["memory_bytes"]  # beside the program and the weights
+    point = {"size": size, "s_per_token": run.total("step_s") / run.total("num_tokens"), "peak_bytes": grown}
+    print(f"{axis} {size}: {1 / point['s_per_token']:,.0f} tokens/s, {grown / 2**20:,.0f} MiB", flush=True)
     return point
 
 
@@ -70,7 +72,7 @@ def exponents(points: Sequence[Mapping[str, float]], name: str) -> list[float]:
 
 
 def _table(axis: str, points: Sequence[Mapping[str, float]]) -> Table:
-    table = Table(axis, "tokens/s", "time's power", "peak MiB", "memory's power")
+    table = Table(axis, "tokens/s", "time's power", "MiB of a step", "memory's power")
     powers = [("", "")] + [
         (f"{time:.2f}", f"{memory:.2f}")
         for time, memory in zip(exponents(points, "s_per_token"), exponents(points, "peak_bytes"), strict=True)
@@ -91,7 +93,7 @@ def _plot(points: Mapping[str, Sequence[Mapping[str, float]]], file: Path) -> No
     for axis, (name, line) in zip(axes, points.items(), strict=True):
         sizes = [point["size"] for point in line]
         axis.loglog(sizes, [1e6 * point["s_per_token"] for point in line], "o-", label="µs a token")
-        axis.loglog(sizes, [point["peak_bytes"] / 2**20 for point in line], "s--", label="peak memory, MiB")
+        axis.loglog(sizes, [point["peak_bytes"] / 2**20 for point in line], "s--", label="memory of a step, MiB")
         axis.set_xlabel(f"{name} (tokens)")
         axis.legend()
         axis.grid(alpha=0.3)

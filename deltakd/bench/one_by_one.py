@@ -13,6 +13,7 @@ from pathlib import Path
 from deltakd.base.processes import use_threads
 from deltakd.base.ranks import Placement, assign_role
 from deltakd.base.rundir import RunDirectory
+from deltakd.bench.watched import WARM_UP
 from deltakd.engine.protocol import device_name
 from deltakd.recipe.build import build_frozen, build_parts, frozen_heads, meet
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
@@ -22,7 +23,7 @@ from deltakd.train.loop import train
 from deltakd.train.step import StepRecord
 from deltakd.train.validation import Sample, ValidationRecord
 
-WINDOW = 4  # micro-batches that one loading serves
+WINDOW = WARM_UP  # micro-batches that one loading serves
 
 
 class OneByOne(NeverShort):

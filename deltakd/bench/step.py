@@ -28,6 +28,10 @@ def bench(
     shape: str, data: str | None, arms: Sequence[str], steps: int, rounds: int, peak: float | None, out: Path
 ) -> None:
     """Measure the arms in turns, print the table and write JSON. Raises RunError if one fails."""
+    if steps % WARM_UP:
+        raise RunError(
+            f"--steps: {steps} is no multiple of {WARM_UP}, as many as one_by_one loads a model for. Write 8."
+        )
     if unknown := set(arms) - set(ARMS):
         raise RunError(f"--arms: {', '.join(sorted(unknown))} is not known. Write some of {', '.join(ARMS)}.")
     use_threads()
@@ -35,6 +39,7 @@ def bench(
     recipe = make_pair(pair, data, folder)
     common = [f"train.steps={steps + WARM_UP}"]
     cached: dict[str, float] = {}
+    remove(folder / "runs" / "cache")
     for arm in arms:
         if arm.startswith("cache"):
             cached[arm] = _write_cache(recipe, [*common, *ARMS[arm][1]])
@@ -104,7 +109,8 @@ def _row(
         demanded = [products * run.total("num_supervised") if arm == "cache_hidden" else 0.0 for run in sft]
         ratios = [mine / theirs for mine, theirs in zip(seconds, base, strict=True)]
         row |= {"of_sft": median(ratios), "of_sft_range": [min(ratios), max(ratios)]}
-        row["of_demanded"] = median(m / (b + d) for m, b, d in zip(seconds, base, demanded, strict=True))
+        if arm.startswith("cache"):
+            row["of_demanded"] = median(m / (b + d) for m, b, d in zip(seconds, base, demanded, strict=True))
     return row
 
 

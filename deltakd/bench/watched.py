@@ -17,7 +17,7 @@ import psutil
 from deltakd.base.errors import RunError
 
 EVERY_S = 0.2
-WARM_UP = 2  # steps that are not counted
+WARM_UP = 4  # steps that are not counted; as many as one loading of `one_by_one` serves
 
 
 @dataclass(frozen=True)

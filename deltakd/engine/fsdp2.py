@@ -97,7 +97,7 @@ class Fsdp2Engine:
         state: dict[str, Tensor] = {}
         parameters: Any = self._module.model.named_parameters()
         for name, parameter in parameters:
-            whole = parameter.detach().full_tensor()
+            whole = parameter.detach().to(self.device).full_tensor()
             if self._rank == 0:
                 state[name] = whole.to(self._dtype).cpu().clone()
         by_first_rank(self._rank, self.device, lambda: save_folder(self._module.model, state, tokenizer, folder))

@@ -46,12 +46,12 @@ def join_students(role: Role) -> TorchWorld:
 
 
 def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
-    """Have rank 0 do what may fail, while the others wait. Raises RunError on all ranks if it does."""
-    fault = None
+    """Have rank 0 do what may fail, while the others wait; raises on all ranks if it does."""
+    fault: Exception | None = None
     if rank == 0:
         try:
             work()
-        except RunError as error:
+        except Exception as error:  # whatever it is: the others wait below
             fault = error
     failed = torch.tensor([float(fault is not None)], device=device)
     torch.distributed.all_reduce(failed)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
-from deltakd.models.attention import register_documents
+from deltakd.models.attention import DOCUMENTS, register_documents
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
 HEAD = "lm_head.weight"
@@ -103,6 +103,8 @@ def load_model(
             use_safetensors=True,
             **special,
         )
+    if implementation == DOCUMENTS:
+        _refuse_unfit_for_sdpa(where, folder, model)
     # transformers fills what is missing with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -124,6 +126,22 @@ def choose_attention(settings: ModelsSettings) -> tuple[str, str]:
     if settings.dtype == "float32":
         return "sdpa", "flash_attention_2 computes in 16 bit alone"
     return "flash_attention_2", "installed, and the device fits"
+
+
+def _refuse_unfit_for_sdpa(where: str, folder: Path, model: Any) -> None:
+    """Raise ModelError for a model whose attention is more than softmax over earlier tokens."""
+    config = model.config.get_text_config(decoder=True)
+    reasons = {
+        "its attention is its own": not (model._supports_sdpa and model._supports_attention_backend),
+        "it caps attention's logits": getattr(config, "attn_logit_softcapping", None),
+        "it attends in chunks": getattr(config, "attention_chunk_size", None),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ModelError(
+                f"{where}: {folder} is a {config.model_type}, which sdpa does not compute ({reason}). "
+                "Write models.attention: eager."
+            )
 
 
 def _rounding() -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
 from deltakd.models.settings import LoraSettings
@@ -31,6 +31,15 @@ def add_lora(where: str, model: Any, settings: LoraSettings, seed: int) -> None:
         raise ModelError(
             f"{where}: {settings.layers} names no linear layer of the student. Write all-linear, or names as q_proj."
         ) from error
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer) and (
+            not isinstance(layer.get_base_layer(), nn.Linear) or layer is model.get_output_embeddings()
+        ):
+            raise ModelError(
+                f"{where}: {name} can have no adapter: embeddings and the head are read by their weights. Leave it out."
+            )
 
 
 def merge_lora(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from deltakd.base.ranks import Role, SoloWorld, World
-from deltakd.base.rundir import RunDirectory
+from deltakd.base.rundir import BEST_STEP, RunDirectory, write_json
 from deltakd.data.examples import ExampleSet
 from deltakd.data.packing import PackedBatch
 from deltakd.data.stream import Stream
@@ -24,7 +24,7 @@ from deltakd.engine.protocol import Engine, Optimizer, StudentModule, device_nam
 from deltakd.engine.settings import Fsdp2Settings, SingleSettings
 from deltakd.losses.objectives import objective
 from deltakd.losses.schedules import alpha_over_steps
-from deltakd.models.load import load_head, load_model
+from deltakd.models.load import choose_attention, load_head, load_model
 from deltakd.models.lora import add_lora
 from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.recipe.held_out import build_validation
@@ -136,7 +136,7 @@ def build_parts(
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
     keep = validation = None
     if run is not None:
-        validation = build_validation(inputs, role, stream, lambda: engine.save(run.best, inputs.tokenizer))
+        validation = build_validation(inputs, role, stream, partial(_keep_best, run, engine, inputs, role))
         facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}
         keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation)
     if keep is not None and saved is not None:
@@ -154,6 +154,12 @@ def build_parts(
         stop=stop,
         done=saved.step if saved is not None else 0,
     )
+
+
+def _keep_best(run: RunDirectory, engine: Engine, inputs: Inputs, role: Role, step: int) -> None:
+    engine.save(run.best, inputs.tokenizer)
+    if role.rank == 0:
+        write_json(run.best / BEST_STEP, {"step": step})
 
 
 def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
@@ -188,8 +194,9 @@ def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engi
     if isinstance(recipe.engine, Fsdp2Settings):
         from deltakd.engine.fsdp2 import Fsdp2Engine
 
+        attention = choose_attention(recipe.models)[0]  # of what it computes in
         # Master weights in float32; the engine casts them for each layer's forward.
-        module = _student_module(inputs, recipe.models.model_copy(update={"dtype": "float32"}))
+        module = _student_module(inputs, recipe.models.model_copy(update={"dtype": "float32", "attention": attention}))
         return Fsdp2Engine(module, recipe.engine, optimizer, recipe.models.dtype, role)
     from deltakd.engine import deepspeed
 

@@ -82,6 +82,12 @@ def _check_validation(recipe: Recipe, where: Where) -> None:
             f"{where(f'validation.{name}')}: {getattr(settings, name)}, but nothing is validated. "
             "Write validation.every_steps."
         )
+    silent = not needed_references(recipe.objective) or recipe.references.payload == "sampled"
+    if settings.best_by == "kl_to_target" and silent:
+        raise RecipeError(
+            f"{where('validation.best_by')}: kl_to_target, but this run knows no whole target. "
+            "Write loss or cross_entropy."
+        )
     if settings.answers_every is not None and recipe.data.format == "text":
         raise RecipeError(
             f"{where('validation.answers_every')}: {settings.answers_every}, but a text holds no prompt. "

@@ -28,7 +28,7 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     text = dump_recipe(recipe)
     changes = run.changes(text, complete=_complete)
     if (
-        changes
+        any(change.startswith(("train.steps: ", "validation.")) for change in changes)
         and not run.changes(text, CHANGEABLE, _complete)
         and finished["steps"] < recipe.train.steps
         and has_some(run.path)

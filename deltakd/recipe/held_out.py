@@ -35,7 +35,7 @@ def held_out_conversations(recipe: Recipe, num_rows: int | None) -> list[Convers
 
 
 def build_validation(
-    inputs: Inputs, role: Role, stream: Callable[[ExampleSet], Stream], keep: Callable[[], None] = lambda: None
+    inputs: Inputs, role: Role, stream: Callable[[ExampleSet], Stream], keep: Callable[[int], None] = lambda step: None
 ) -> Validation | None:
     """Return a student rank's part of the validations; None where the recipe wants none."""
     recipe = inputs.recipe

@@ -68,8 +68,8 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
 
 def _finish(run: RunDirectory, inputs: Inputs, parts: TrainParts, last_step: int) -> None:
     """Export the model and mark the run as successful."""
-    recipe, validation = inputs.recipe, parts.validation
-    best = validation.best_step if validation is not None else 0
+    recipe = inputs.recipe
+    best = run.best_step if parts.validation is not None else 0  # what lies there: a life before may have found it
     takes_best = bool(best) and recipe.validation.export == "best"
     if not takes_best:
         parts.engine.save(run.export, inputs.tokenizer)
@@ -91,7 +91,7 @@ def _begin(run: RunDirectory, inputs: Inputs, examples: ExampleSet, resume: bool
     print(f"{run.path}: {examples.counts.describe()}", flush=True)
     saved = find_checkpoint(run, recipe, facts_of_run(inputs, examples), resume)
     if saved is not None:
-        run.go_on(dump_recipe(recipe), saved.step)
+        run.go_on(dump_recipe(recipe), saved.step, saved.validation.get("last_step", saved.step))
     else:
         run.start(dump_recipe(recipe), {"seed": recipe.seed, "data": vars(examples.counts)})
     return saved

@@ -48,7 +48,7 @@ class Saved:
     num_tokens: int
     num_supervised: int
     facts: Mapping[str, Any]  # what the run was: ranks, engine, models
-    validation: Mapping[str, Any]
+    validation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

@@ -6,6 +6,7 @@ alone leaves the others in a collective. The state of the last whole step is the
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, tee
 from typing import Protocol
 
@@ -91,6 +92,8 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
 
     Raises Stopped, or what ended the run, with the last whole step kept.
     """
+    if parts.validation is not None and parts.validation.ended_at(parts.done):
+        return parts.done
     # Two readers of one sequence: the references run ahead of the steps, across their boundaries.
     work, upcoming = tee(tasks(parts.steps, parts.alpha, parts.num_steps, parts.validation, parts.done))
     asked = ((batch, task.alpha) for task in upcoming for batch in task.batches)
@@ -107,7 +110,7 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
         validation, step = parts.validation, task.step
         if validation is not None and validation.due(step) and not task.held_out:
             continue  # its validation belongs to it
-        ends = step == parts.num_steps or (validation is not None and validation.ends_training)
+        ends = step == parts.num_steps or (validation is not None and validation.ended_at(step))
         if parts.checkpoints is not None:
             parts.checkpoints.save_if_due(step, ends)
         if ends:
@@ -117,7 +120,8 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
 
 def _do(parts: TrainParts, task: Task, scored: Scored, records: Recorder | None) -> None:
     if task.held_out and parts.validation is not None:
-        validated = parts.validation.take(parts.engine, parts.world, scored, task.step)
+        listen = partial(_listen, parts)
+        validated = parts.validation.take(parts.engine, parts.world, scored, task.step, listen)
         if records is not None:
             records.validated(*validated)
         return
@@ -138,16 +142,24 @@ def together(world: World, scored: Scored, stop: Callable[[], str | None]) -> Sc
             pair = next(scored, None)
         except DeltaKDError as error:
             failure = error
-        reason = stop()
-        asked, failed = world.sum([float(reason is not None), float(not isinstance(failure, Stopped | None))])
-        if failed:
-            fault = None if isinstance(failure, Stopped) else failure
-            raise Halt(fault or RunError("another student rank cannot go on. Its own line says why."))
-        if asked:
-            raise Halt(Stopped(f"stopped by {reason or 'a signal to another rank'}."))
+        heed(world, stop(), failure)
         if pair is None:
             return
         yield pair
+
+
+def heed(world: World, reason: str | None, failure: DeltaKDError | None = None) -> None:
+    """Hear whether every rank can go on; raises Halt on all of them if one cannot."""
+    asked, failed = world.sum([float(reason is not None), float(not isinstance(failure, Stopped | None))])
+    if failed:
+        fault = None if isinstance(failure, Stopped) else failure
+        raise Halt(fault or RunError("another student rank cannot go on. Its own line says why."))
+    if asked:
+        raise Halt(Stopped(f"stopped by {reason or 'a signal to another rank'}."))
+
+
+def _listen(parts: TrainParts) -> None:
+    heed(parts.world, parts.stop())
 
 
 def _kept(parts: TrainParts, step: int, reason: DeltaKDError) -> DeltaKDError:

@@ -71,6 +71,7 @@ class Records:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._write_trace(None)
         self._bar.stop()
         if self._tensorboard is not None:
             self._tensorboard.close()
@@ -82,10 +83,13 @@ class Records:
         if self._trace is not None:
             self._trace.begins(step)
 
+    def _write_trace(self, step: int | None) -> None:
+        if self._trace is not None and (path := self._trace.ended(step)):
+            self._bar.console.print(f"{path}: a trace, for chrome://tracing or ui.perfetto.dev", soft_wrap=True)
+
     def write(self, record: StepRecord) -> None:
         """Record one optimizer step everywhere."""
-        if self._trace is not None and (path := self._trace.ended(record.step)):
-            self._bar.console.print(f"{path}: a trace, for chrome://tracing or ui.perfetto.dev", soft_wrap=True)
+        self._write_trace(record.step)
         values = asdict(record)
         self._run.append("steps.jsonl", values)
         for name in PLOTTED if self._tensorboard is not None else ():

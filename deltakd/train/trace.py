@@ -26,9 +26,9 @@ class Trace:
             self._profile = profile(activities=[ProfilerActivity.CPU, *cuda], record_shapes=True, profile_memory=True)
             self._profile.start()
 
-    def ended(self, step: int) -> Path | None:
-        """Write the trace after the last step of the window; returns where."""
-        if self._profile is None or step < self._last:
+    def ended(self, step: int | None) -> Path | None:
+        """Write the trace after the last step of the window, or of the run (None); returns where."""
+        if self._profile is None or (step is not None and step < self._last):
             return None
         self._profile.stop()
         self._path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ class ValidationRecord:
     step: int
     loss: float
     cross_entropy: float
-    divergence: float
+    divergence: float | None
     kl_to_target: float | None
     rouge1: float | None
     rouge2: float | None
@@ -65,9 +65,11 @@ class Prompts:
     end_id: int
     settings: EvaluationSettings
 
-    def answer(self, model: Any, synced: bool) -> list[Sample]:
-        """Return the model's answers to this rank's own prompts."""
-        answers = generate(model, self.tokenizer, self.encoded, self.end_id, self.settings, synced=synced)
+    def answer(self, model: Any, synced: bool, heed: Callable[[], None]) -> list[Sample]:
+        """Return the model's answers to this rank's own prompts; calls `heed` after each batch."""
+        answers = generate(
+            model, self.tokenizer, self.encoded, self.end_id, self.settings, lambda _: heed(), synced=synced
+        )
         texts = [answer.text for answer in answers]
         samples = [Sample(*parts) for parts in zip(self.texts, self.references, texts, strict=True)]
         return samples[: self.num_own]
@@ -82,7 +84,7 @@ class Validation:
     batches: list[PackedBatch]
     alpha: float  # the target's, at the end of the run
     prompts: Prompts | None = None
-    keep: Callable[[], None] = lambda: None  # writes the weights of the best step
+    keep: Callable[[int], None] = lambda step: None  # writes the weights of the best step
     last_step: int = 0
     best: float = inf
     best_step: int = 0
@@ -94,13 +96,18 @@ class Validation:
         every = self.settings.every_steps
         return every is not None and step > 0 and (step % every == 0 or step == self.num_steps)
 
-    @property
-    def ends_training(self) -> bool:
-        """Whether there have been too many validations without a better one."""
-        return self.settings.stop_after is not None and self.num_worse >= self.settings.stop_after
+    def ended_at(self, step: int) -> bool:
+        """Tell whether training ends with a step: there have been too many validations without a better one."""
+        most = self.settings.stop_after
+        return most is not None and self.num_worse >= most and self.last_step == step
 
-    def take(self, engine: Engine, world: World, scored: Scored, step: int) -> tuple[ValidationRecord, list[Sample]]:
-        """Validate after a step, all ranks together; `scored` yields this rank's batches with their payloads."""
+    def take(
+        self, engine: Engine, world: World, scored: Scored, step: int, heed: Callable[[], None] = lambda: None
+    ) -> tuple[ValidationRecord, list[Sample]]:
+        """Validate after a step, all ranks together; `scored` yields this rank's batches with their payloads.
+
+        Now and then it calls `heed`, which raises if the ranks shall not go on; the validation is then as if not begun.
+        """
         started = time.perf_counter()
         sums, samples = [0.0] * len(MEASURED), list[Sample]()
         every = self.settings.answers_every
@@ -109,16 +116,16 @@ class Validation:
                 result = engine.loss(batch.to(engine.device), payloads, self.alpha)
                 sums = [total + result.sum(name) for total, name in zip(sums, MEASURED, strict=True)]
             if self.prompts is not None and every is not None and self.num_done % every == 0:
-                samples = self.prompts.answer(model, synced=world.size > 1)
+                samples = self.prompts.answer(model, world.size > 1, heed)
         counted = float(sum(batch.num_supervised for batch in self.batches))
         *totals, num_supervised = world.sum([*sums, counted])
         means = {name: total / num_supervised for name, total in zip(MEASURED, totals, strict=True)}
-        values: dict[str, Any] = {name: None if isnan(mean) else mean for name, mean in means.items()}
-        values["loss"] = means["loss"]  # a loss that is no number is told
-        values |= _mean_rouge(samples, world)
+        values: dict[str, Any] = means | _mean_rouge(samples, world)
+        for name in ("divergence", "kl_to_target"):  # an objective may have none; of the others, no number is a fault
+            values[name] = None if isnan(means[name]) else means[name]
         is_best = self._observe(step, means[self.settings.best_by])
         if is_best:
-            self.keep()
+            self.keep(step)
         seconds = time.perf_counter() - started
         record = ValidationRecord(
             step, **values, is_best=is_best, num_supervised=int(num_supervised), validation_s=seconds
@@ -134,14 +141,20 @@ class Validation:
         self.last_step, self.num_done = step, self.num_done + 1
         return is_best
 
-    def state(self) -> dict[str, float]:
+    def state(self) -> dict[str, float | str]:
         """Return what the validations to come depend on."""
-        return {name: getattr(self, name) for name in ("last_step", "best", "best_step", "num_done", "num_worse")}
+        names = ("last_step", "best", "best_step", "num_done", "num_worse")
+        return {name: getattr(self, name) for name in names} | {"measure": self._measure}
+
+    @property
+    def _measure(self) -> str:
+        return f"{self.settings.best_by} of {self.settings.num_rows} rows at alpha {self.alpha:g}"
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned; what it does not hold stays as it is."""
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Go on from what `state` returned, {} for nothing; a best that was measured otherwise is none."""
+        self.last_step, self.num_done = state.get("last_step", 0), state.get("num_done", 0)
+        if state.get("measure") == self._measure:
+            self.best, self.best_step, self.num_worse = state["best"], state["best_step"], state["num_worse"]
 
 
 def _mean_rouge(samples: Sequence[Sample], world: World) -> dict[str, float | None]:

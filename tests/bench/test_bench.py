@@ -71,7 +71,7 @@ def test_bench_step_runs_every_arm_at_a_tiny_shape(tmp_path, capsys):
     """But TRL's, which is no part of the installation. Ratios are what the run's own seconds say."""
     out = tmp_path / "step.json"
     arms = [arm for arm in ARMS if arm != "trl"]
-    words = ["--shape=tiny", "--steps=2", "--rounds=1", f"--arms={','.join(arms)}", f"--out={out}"]
+    words = ["--shape=tiny", "--steps=4", "--rounds=1", f"--arms={','.join(arms)}", f"--out={out}"]
     assert main(["bench", "step", *words]) == 0, capsys.readouterr().err
     report = json.loads(out.read_text())["arms"]
     assert list(report) == arms

@@ -62,3 +62,9 @@ def test_the_same_seed_gives_the_same_adapters_whatever_was_drawn_before(lab):
 def test_layers_that_are_not_there_are_refused(model):
     with pytest.raises(ModelError, match=r"models\.lora: \['nowhere'\] names no linear layer"):
         add_lora("models.lora", model, LoraSettings(layers=["nowhere"]), seed=5)
+
+
+def test_an_adapter_of_the_head_or_of_embeddings_is_refused(model):
+    """The loss reads the head's weight, and a tied one is the embedding's."""
+    with pytest.raises(ModelError, match=r"lm_head can have no adapter"):
+        add_lora("models.lora", model, LoraSettings(layers=["q_proj", "lm_head"]), seed=5)

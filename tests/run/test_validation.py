@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
+from itertools import count
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from deltakd.base.errors import Stopped
+from deltakd.base.ranks import Placement, SoloWorld, assign_role
+from deltakd.base.rundir import RunDirectory
 from deltakd.data.conversation import Conversation
 from deltakd.data.formats import read_row
 from deltakd.data.packing import pack
@@ -14,7 +20,11 @@ from deltakd.data.sources import load_rows
 from deltakd.data.template import ChatTemplate
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.evaluate.cross_entropy import cross_entropy_rows
+from deltakd.recipe.build import build_parts
+from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
+from deltakd.train.checkpoints import newest
+from deltakd.train.loop import train
 from tests.run.test_resume import PLAIN
 
 MEASURED = ("loss", "cross_entropy", "kl_to_target", "rouge1", "rouge2", "rougeL")
@@ -72,3 +82,61 @@ def test_two_ranks_measure_what_one_does(lab):
         for name in MEASURED:
             assert mine[name] == pytest.approx(theirs[name], rel=1e-5), name
         assert mine["num_supervised"] == theirs["num_supervised"]
+
+
+def test_a_run_that_ended_early_ends_there_again(lab):
+    """Killed while it exported: its last checkpoint holds the last step and the last validation."""
+    settings = ["train.steps=60", "train.learning_rate=3.0e-2", "objective.sft_weight=1.0", *PLAIN]
+    settings += ["validation={every_steps: 3, stop_after: 1}"]
+    before = lab.train("early_twice", *settings)
+    run = lab.folder / "runs" / "early_twice"
+    (run / "finished.json").unlink()
+    shutil.rmtree(run / "export")
+    assert len(before) < 60 and lab.train("early_twice", *settings) == before and (run / "export").is_dir()
+    assert "teachers.look_ahead" in lab.refuses("early_twice", *settings, "teachers.look_ahead=0")
+    more = lab.train("early_twice", *settings, "validation.stop_after=2")
+    assert more[: len(before)] == before and len(before) < len(more) <= 60
+
+
+class Kept:
+    """A recorder that keeps everything."""
+
+    def __init__(self) -> None:
+        self.steps, self.validations, self.samples = [], [], []
+
+    def begins(self, step) -> None:
+        pass
+
+    def write(self, record) -> None:
+        self.steps.append((record.step, record.loss, record.grad_norm))
+
+    def validated(self, record, samples) -> None:
+        self.validations.append(replace(record, validation_s=0.0))
+        self.samples += samples
+
+
+@pytest.mark.parametrize("asked_at,step", [(4, 1), (5, 2), (6, 2), (9, 2), (10, 2), (14, 4), (18, 4)])
+def test_stopped_anywhere_in_a_validation_it_goes_on_as_if_it_had_not(lab, asked_at, step):
+    """Asked whether to go on: before each of two micro-batches of a step, and of two and after three of a validation."""
+    settings = ["train.steps=4", "checkpoints.every_steps=null", "evaluation.batch_size=2", *PLAIN]
+    settings += ["validation={every_steps: 2, answers_every: 1, num_prompts: 5, max_new_tokens: 4}"]
+
+    def life(run, records, stop):
+        loaded = load(str(lab.recipe), [f"run={run}", *settings])
+        inputs = read_inputs(loaded.recipe, loaded.where)
+        examples, role = read_examples(loaded.recipe, inputs.tokenizer, False), assign_role(Placement(0, 1, 0, 1), 0)
+        directory = RunDirectory(lab.folder / "runs" / run)
+        saved, _ = newest(directory.path)
+        parts = build_parts(inputs, examples, role, SoloWorld(), None, directory, saved, stop)
+        train(parts, records)
+        return saved
+
+    whole, name = Kept(), f"asked_{asked_at}"
+    life(f"{name}_whole", whole, lambda: None)
+    parts, calls = Kept(), count(1)
+    with pytest.raises(Stopped):
+        life(name, parts, lambda: "a test" if next(calls) == asked_at else None)
+    before = len(parts.validations)
+    saved = life(name, parts, lambda: None)
+    assert parts.steps == whole.steps and parts.validations == whole.validations and parts.samples == whole.samples
+    assert saved.step == step and before == saved.validation["num_done"] == (asked_at > 9)
