@@ -133,7 +133,6 @@ def _refuse_unfit_for_sdpa(where: str, folder: Path, model: Any) -> None:
     config = model.config.get_text_config(decoder=True)
     reasons = {
         "its attention is its own": not (model._supports_sdpa and model._supports_attention_backend),
-        "it caps attention's logits": getattr(config, "attn_logit_softcapping", None),
         "it attends in chunks": getattr(config, "attention_chunk_size", None),
     }
     for reason, holds in reasons.items():

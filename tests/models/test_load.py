@@ -5,7 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from deltakd.base.errors import ModelError
 from deltakd.models.forward import TokenBatch, supervised_hidden
 from deltakd.models.load import facts, load_head, load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
@@ -57,3 +59,17 @@ def test_in_8_bit_documents_do_not_see_their_neighbours(lab):
 def test_a_model_in_8_bit_has_an_identity_of_its_own(lab):
     whole, small = (facts("teacher", lab.folder / "teacher", in_8bit) for in_8bit in (False, True))
     assert whole.identity != small.identity and whole.hidden_size == small.hidden_size
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss"])
+def test_attention_that_sdpa_does_not_compute_is_refused(tmp_path, architecture):
+    """It would be left out in silence, or end in a trace at the first forward."""
+    config = AutoConfig.for_model(
+        architecture, vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, intermediate_size=16, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=f"{architecture}, which sdpa does not compute .*attention: eager"):
+        load_model("models.teacher.weights", tmp_path, settings("float32"))
+    eager = settings("float32").model_copy(update={"attention": "eager"})
+    assert load_model("models.teacher.weights", tmp_path, eager) is not None

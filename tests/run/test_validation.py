@@ -117,7 +117,7 @@ class Kept:
 
 @pytest.mark.parametrize("asked_at,step", [(4, 1), (5, 2), (6, 2), (9, 2), (10, 2), (14, 4), (18, 4)])
 def test_stopped_anywhere_in_a_validation_it_goes_on_as_if_it_had_not(lab, asked_at, step):
-    """Asked whether to go on: before each of two micro-batches of a step, and of two and after three of a validation."""
+    """It is asked before each of a step's two micro-batches; in a validation before two and after three more."""
     settings = ["train.steps=4", "checkpoints.every_steps=null", "evaluation.batch_size=2", *PLAIN]
     settings += ["validation={every_steps: 2, answers_every: 1, num_prompts: 5, max_new_tokens: 4}"]
 
