@@ -44,7 +44,7 @@ class Pair:
 
 
 TINY = Pair(Shape(32, 2, 4, 2, 64), Shape(48, 2, 4, 2, 96), 1000, 128, 512, "float32")
-SMALL = Pair(Shape(384, 8, 6, 2, 1024), Shape(512, 8, 8, 4, 1408), 8192, 512, 2048, "float32")
+SMALL = Pair(Shape(384, 8, 6, 2, 1024), Shape(512, 8, 8, 4, 1408), 8192, 2048, 2048, "float32")
 QWEN = Pair(
     Shape(1536, 28, 12, 2, 8960), Shape(3584, 28, 28, 4, 18944, tie_embeddings=False), 151_936, 2048, 8192, "bfloat16"
 )

@@ -88,30 +88,34 @@ def _write_cache(recipe: Path, overrides: Sequence[str]) -> float:
 def _row(
     arm: str, runs: Sequence[Watched], sft: Sequence[Watched] | None, pair: Pair, peak: float, products: float
 ) -> dict[str, Any]:
-    """Return an arm's figures: medians over rounds, and the smallest and largest of the ratio to SFT."""
-    seconds = [run.total("step_s") for run in runs]
+    """Return an arm's figures. Of each step the fastest round counts: a busy machine only ever adds."""
+    seconds, tokens = _fastest(runs), runs[0].total("num_tokens")
     row: dict[str, Any] = {
         "what": ARMS[arm][0],
-        "tokens_per_s": median(run.total("num_tokens") / run.total("step_s") for run in runs),
+        "tokens_per_s": tokens / seconds,
         "waiting": median(run.total("wait_s") / run.total("step_s") for run in runs),
-        "whole_s": median(run.seconds for run in runs),
+        "whole_s": min(run.seconds for run in runs),
         "cores": median(run.cores for run in runs),
         "peak_bytes": max(run.peak_bytes for run in runs),
         "device_bytes": max(run.device_bytes for run in runs),
-        "padding": sum(run.total("num_padding") for run in runs) if arm == "trl" else 0,
-        "step_s": seconds,
+        "padding": 0.0,
+        "utilisation": _student_flops(runs[0], pair) / seconds / peak,
+        "step_s": [[step["step_s"] for step in run.counted] for run in runs],
     }
     if arm == "trl":
-        row["padding"] /= sum(run.total("num_tokens") + run.total("num_padding") for run in runs)
-    row["utilisation"] = median(_student_flops(run, pair) / run.total("step_s") / peak for run in runs)
+        padding = runs[0].total("num_padding")
+        row["padding"] = padding / (tokens + padding)
     if sft is not None and arm not in ("trl", "kl"):
-        base = [run.total("step_s") for run in sft]
-        demanded = [products * run.total("num_supervised") if arm == "cache_hidden" else 0.0 for run in sft]
-        ratios = [mine / theirs for mine, theirs in zip(seconds, base, strict=True)]
-        row |= {"of_sft": median(ratios), "of_sft_range": [min(ratios), max(ratios)]}
+        row["of_sft"] = seconds / _fastest(sft)
+        demanded = products * sft[0].total("num_supervised") if arm == "cache_hidden" else 0.0
         if arm.startswith("cache"):
-            row["of_demanded"] = median(m / (b + d) for m, b, d in zip(seconds, base, demanded, strict=True))
+            row["of_demanded"] = seconds / (_fastest(sft) + demanded)
     return row
+
+
+def _fastest(runs: Sequence[Watched]) -> float:
+    """Return the seconds of all counted steps, of each the fastest over rounds."""
+    return float(sum(min(times) for times in zip(*([s["step_s"] for s in run.counted] for run in runs), strict=True)))
 
 
 def _student_flops(run: Watched, pair: Pair) -> float:
@@ -155,7 +159,9 @@ def _frozen_products(pair: Pair) -> float:
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     titles = ("arm", "tokens/s", "of SFT", "of demanded", "waits", "utilised", "padding", "cores", "MiB")
-    table = Table(*titles, title="medians over rounds", caption="\n".join(f"{a}: {r['what']}" for a, r in rows.items()))
+    table = Table(
+        *titles, title="of each step the fastest round", caption="\n".join(f"{a}: {r['what']}" for a, r in rows.items())
+    )
     for arm, row in rows.items():
         table.add_row(
             arm,
