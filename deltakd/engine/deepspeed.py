@@ -165,6 +165,7 @@ def make_universal(saved: Path, folder: Path) -> None:
     remove(folder)
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     command += ["--input_folder", str(saved), "--output_folder", str(folder)]
+    command.append("--inject_missing_state")  # a note of the format's version, which stages 1 and 2 do not write
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
