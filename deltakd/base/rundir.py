@@ -70,8 +70,7 @@ class RunDirectory:
         try:
             remove(part)
             shutil.copytree(self.best, part, ignore=shutil.ignore_patterns(BEST_STEP))
-            remove(self.export)
-            part.replace(self.export)
+            put_in_place(part, self.export)
         except (OSError, shutil.Error) as error:
             raise RunError(
                 f"{self.export}: cannot be written ({str(error)[:160]}). Free space or rights and start the same "
@@ -268,6 +267,16 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def put_in_place(part: Path, folder: Path) -> None:
+    """Rename a whole folder to its place; what lay there is gone only when it stands."""
+    old = folder.with_name(folder.name + ".old")
+    remove(old)
+    if folder.exists():
+        folder.replace(old)
+    part.replace(folder)
+    remove(old)
 
 
 def timestamp() -> str:

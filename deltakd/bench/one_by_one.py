@@ -13,6 +13,7 @@ from pathlib import Path
 from deltakd.base.processes import use_threads
 from deltakd.base.ranks import Placement, assign_role
 from deltakd.base.rundir import RunDirectory
+from deltakd.bench.recorder import Steps
 from deltakd.bench.watched import WARM_UP
 from deltakd.engine.protocol import device_name
 from deltakd.recipe.build import build_frozen, build_parts, frozen_heads, meet
@@ -20,8 +21,6 @@ from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.teacher.references import B, InProcessReferences, NeverShort, Payloads
 from deltakd.train.loop import train
-from deltakd.train.step import StepRecord
-from deltakd.train.validation import Sample, ValidationRecord
 
 WINDOW = WARM_UP  # micro-batches that one loading serves
 
@@ -46,22 +45,6 @@ class OneByOne(NeverShort):
                 yield batch, payload
 
 
-class Steps:
-    """Writes steps.jsonl and nothing else."""
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._run = run
-
-    def begins(self, step: int) -> None:
-        """Nothing."""
-
-    def write(self, record: StepRecord) -> None:
-        self._run.append("steps.jsonl", asdict(record))
-
-    def validated(self, record: ValidationRecord, samples: list[Sample]) -> None:
-        """Nothing: nothing is validated."""
-
-
 def main(recipe: str, *overrides: str) -> None:
     """Train a recipe so, and leave its steps in the run's directory."""
     use_threads()
@@ -71,7 +54,10 @@ def main(recipe: str, *overrides: str) -> None:
     inputs = read_inputs(loaded.recipe, loaded.where)
     examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
     references = OneByOne(inputs, device_name(0))
-    train(build_parts(inputs, examples, role, meet(loaded.recipe, role), None, references=references), Steps(run))
+    records = Steps()
+    train(build_parts(inputs, examples, role, meet(loaded.recipe, role), None, references=references), records)
+    for record in records.taken:
+        run.append("steps.jsonl", asdict(record))
 
 
 if __name__ == "__main__":

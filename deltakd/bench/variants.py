@@ -19,13 +19,12 @@ from deltakd.base.errors import RunError
 from deltakd.base.ranks import Placement, assign_role
 from deltakd.base.rundir import machine_facts
 from deltakd.bench.probabilities import faults
+from deltakd.bench.recorder import Steps
 from deltakd.losses.settings import VARIANTS
 from deltakd.recipe.build import build_parts, meet
 from deltakd.recipe.inputs import read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.train.loop import train
-from deltakd.train.step import StepRecord
-from deltakd.train.validation import Sample, ValidationRecord
 
 UNCLIPPED = 1.0e9
 # Overrides by the name of what they do; log_ratio_clip acts on reverse KL alone.
@@ -73,26 +72,10 @@ def bench(
     print(f"{out}: written as .json, .md and .svg")
 
 
-class _Steps:
-    """A recorder that keeps every step."""
-
-    def __init__(self) -> None:
-        self.taken: list[StepRecord] = []
-
-    def begins(self, step: int) -> None:
-        """Nothing."""
-
-    def write(self, record: StepRecord) -> None:
-        self.taken.append(record)
-
-    def validated(self, record: ValidationRecord, samples: list[Sample]) -> None:
-        """Nothing: these runs are compared by their steps."""
-
-
 def _train(name: str, overrides: Sequence[str]) -> tuple[list[dict[str, Any]], str | None]:
     """Return the records of a run, and the sentence that it ended with if it could not go on."""
     loaded = load(name, overrides)
-    records = _Steps()
+    records = Steps()
     inputs = read_inputs(loaded.recipe, loaded.where)
     examples = read_examples(loaded.recipe, inputs.tokenizer, progress=False)
     role = assign_role(Placement(0, 1, 0, 1), 0)

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import remove
+from deltakd.base.rundir import put_in_place, remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
@@ -170,12 +170,7 @@ def save_folder(model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Pa
         remove(part)
         model.save_pretrained(part, state_dict=state)
         tokenizer.save_pretrained(part)
-        old = folder.with_name(folder.name + ".old")
-        remove(old)
-        if folder.exists():
-            folder.replace(old)
-        part.replace(folder)
-        remove(old)
+        put_in_place(part, folder)
     except (OSError, SafetensorError) as error:
         with suppress(OSError):
             remove(part)
