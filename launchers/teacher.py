@@ -7,6 +7,9 @@ deepspeed launchers/train.py --recipe quickstart --launch mine --external-teache
 With --run it joins a running job from any node that sees the run's directory, and leaves it without harm:
 
 python launchers/teacher.py --recipe quickstart --run runs/quickstart/alone
+
+With --run and --launch it is a job's own: it waits for the students of that launch, is started again when it dies, and
+stays until they have left.
 """
 
 import argparse
@@ -28,7 +31,7 @@ def main() -> int:
         from deltakd.recipe.supervise import supervise
 
         loaded = load(options.recipe, options.overrides, options.stage)
-        if not options.run:
+        if options.launch or not options.run:
             supervise(loaded, post(options))
             return
         from deltakd.recipe.teachers import serve

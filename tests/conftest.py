@@ -9,9 +9,14 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGKILL
+from subprocess import PIPE
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -32,6 +37,7 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 REPOSITORY = Path(__file__).parents[1]
+DEADLINE_S = 600  # of a command, on a busy machine
 NAMES = ["anna", "bela", "carl", "dora", "emil", "frida", "gustav", "hanna"]
 THINGS = ["apple", "book", "cat", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]
 
@@ -58,6 +64,15 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
+
+
+def kill_family(pid: int) -> None:
+    """Kill a process and all that it started."""
+    with suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,19 @@ class Lab:
         return ["bash", str(REPOSITORY / "launchers" / "local.sh"), str(self.recipe), students, teachers, *overrides]
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(command, cwd=self.folder, env=self.environment(), capture_output=True, text=True)
+        """Run a command to its end; one that hangs is killed with all that it started, and shows how far it came."""
+        process = subprocess.Popen(
+            command, cwd=self.folder, env=self.environment(), stdout=PIPE, stderr=PIPE, text=True, errors="replace"
+        )
+        watch = threading.Timer(DEADLINE_S, kill_family, [process.pid])
+        watch.start()
+        try:
+            output, errors = process.communicate()
+        finally:
+            watch.cancel()
+        if process.returncode == -SIGKILL:
+            pytest.fail(f"{command} hung:\n{output[-3000:]}{errors[-3000:]}")
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     def train_here(self, run: str, *overrides: str) -> None:
         """Live a student rank's life in this process, which has imported already what takes a new one ten seconds."""

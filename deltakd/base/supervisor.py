@@ -17,22 +17,37 @@ from deltakd.base.errors import EXIT_USER_ERROR
 
 PULSE = "DELTAKD_PULSE"
 MOST_BACKOFF_S = 5.0
+ENDS_S = 60.0  # how long a process may take to end after its last word
 
 
-def pulse_from_environment() -> Callable[[], None]:
-    """Return what shows a pulse to this process's supervisor; nothing where it has none."""
+class Pulse:
+    """What a process shows to its supervisor; nothing where it has none."""
+
+    def __init__(self, pipe: int | None) -> None:
+        self._pipe = pipe
+
+    def __call__(self) -> None:
+        """Show that this process lives."""
+        if self._pipe is not None:
+            with suppress(OSError):  # nobody reads: the watcher of launchers ends this process soon
+                os.write(self._pipe, b".")
+
+    def leave(self) -> None:
+        """Say that this process has done its work: to end may take a busy machine longer than it may be silent."""
+        if self._pipe is not None:
+            os.close(self._pipe)
+            self._pipe = None
+
+
+def pulse_from_environment() -> Pulse:
+    """Return the pulse that this process was given."""
     descriptor = os.environ.pop(PULSE, "")
     if not descriptor.isdigit():
-        return lambda: None
+        return Pulse(None)
     pipe = int(descriptor)
     os.set_inheritable(pipe, False)
     os.set_blocking(pipe, False)
-
-    def pulse() -> None:
-        with suppress(OSError):  # nobody reads: the watcher of launchers ends this process soon
-            os.write(pipe, b".")
-
-    return pulse
+    return Pulse(pipe)
 
 
 class Supervisor:
@@ -99,6 +114,7 @@ class Supervisor:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=[writing],
+                    start_new_session=True,  # a signal to the group asks us, who know when it may leave
                     env={**os.environ, PULSE: str(writing)},
                 )
             os.close(writing)
@@ -107,7 +123,12 @@ class Supervisor:
             is_stuck = self._watch(reading)
             if is_stuck or self._ended.is_set():
                 process.kill()
-            code = process.wait()
+            try:
+                code = process.wait(ENDS_S)
+            except subprocess.TimeoutExpired:  # it has left, and hangs on its way out
+                process.kill()
+                process.wait()
+                code = 0
             return code, f"was stuck for {self._silent_s:g} s" if is_stuck else f"ended with exit code {code}"
         finally:
             os.close(reading)

@@ -3,9 +3,14 @@
 A teacher rank is two processes. The one that the launcher knows supervises: it starts the one that holds the weights,
 and starts it again when it dies, within `teachers.restarts`. So a crash is not the launcher's business, which would end
 the whole run. A student that is alone on its node supervises its teacher itself.
+
+A launcher that stops a run signals every rank alike. A teacher then stays until its students have left: if it went
+first, the launcher would take that for a fault and kill them while they keep their state.
 """
 
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -13,15 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 
 from deltakd.base.errors import EXIT_USER_ERROR, TeacherError
 from deltakd.base.processes import launch_identity
-from deltakd.base.rundir import RunDirectory, write_text
+from deltakd.base.rundir import SERVICE, RunDirectory, write_text
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
 from deltakd.base.supervisor import Supervisor
 from deltakd.losses.settings import needed_references
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.schema import Recipe
+from deltakd.teacher.addresses import remote_addresses
 
 LEAVE_S = 10.0  # how long a teacher may take to leave after its last student
 
@@ -70,6 +77,7 @@ def _supervisor(recipe: Recipe, run: RunDirectory, post: Post, wanted: Callable[
     command = [sys.executable, "-m", "deltakd", "serve", str(written), "--index", str(post.index)]
     command += ["--students", str(post.num_students), "--device", post.device, "--log", str(log)]
     command += ["--launch", post.launch] if post.launch else []
+    command += ["--run", post.run] if post.run else []
     teachers = recipe.teachers
 
     def say(text: str) -> None:
@@ -80,7 +88,7 @@ def _supervisor(recipe: Recipe, run: RunDirectory, post: Post, wanted: Callable[
 
 
 def supervise(loaded: Loaded, post: Post) -> None:
-    """Keep a teacher running until the students of this node have left, or hold a place in another rank's group.
+    """Keep a teacher running until its students have left, or hold a place in another rank's group.
 
     Of `teachers.tensor_parallel` ranks in a row the first has the teacher, which starts its other processes itself.
     Raises TeacherError if its recipe cannot be served. If it cannot be started again the others go on without it.
@@ -88,7 +96,7 @@ def supervise(loaded: Loaded, post: Post) -> None:
     recipe = loaded.recipe
     run = RunDirectory(Path(recipe.directory))
     launch = post.launch or launch_identity(run.path)
-    wanted = _Wanted(SHARED_MEMORY, launch)
+    wanted = _Wanted(_on_this_node(launch) if post.run is None else _in_run(run, launch), recipe.checkpoints.grace_s)
     index, place = divmod(post.index, recipe.teachers.tensor_parallel)
     if place:  # what was launched here is its accelerator, for the first of the group
         while run.finished() is None and wanted():  # one that is finished has no students to come
@@ -106,18 +114,45 @@ def supervise(loaded: Loaded, post: Post) -> None:
 
 
 class _Wanted:
-    """Whether students are still to come or still there, on this node."""
+    """Whether students are still to come or still there."""
 
-    def __init__(self, parent: Path, launch: str) -> None:
-        self._folder = Scratch.folder(parent, launch)
+    def __init__(self, there: Callable[[], bool], grace_s: float) -> None:
+        self._there, self._grace_s = there, grace_s
         self._seen = False
         self._left_at: float | None = None
+        self._stop_at: float | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self._stop_at = self._stop_at or time.monotonic() + self._grace_s
 
     def __call__(self) -> bool:
-        if any(self._folder.glob("student-*.sock")):
+        now = time.monotonic()
+        if self._there():
             self._seen, self._left_at = True, None
-            return True
+            return self._stop_at is None or now < self._stop_at
         if not self._seen:
-            return True
-        self._left_at = self._left_at or time.monotonic()
-        return time.monotonic() - self._left_at < LEAVE_S
+            return self._stop_at is None
+        self._left_at = self._left_at or now
+        return self._stop_at is None and now - self._left_at < LEAVE_S
+
+
+def _on_this_node(launch: str) -> Callable[[], bool]:
+    """Return what tells whether a student rank of this node listens; the socket of a killed one answers nobody."""
+    folder = Scratch.folder(SHARED_MEMORY, launch)
+    return lambda: any(_listens(path) for path in folder.glob("student-*.sock"))
+
+
+def _in_run(run: RunDirectory, launch: str) -> Callable[[], bool]:
+    """Return what tells whether a run has students of this launch that teachers of other nodes may join."""
+    return lambda: any(address.launch == launch for address in remote_addresses(run.path / SERVICE))
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

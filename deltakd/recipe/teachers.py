@@ -91,7 +91,7 @@ def serve(loaded: Loaded, post: Post) -> None:
     if not wants_service(recipe) or (post.run is None and is_finished(run, recipe)):
         print(f"teacher {post.index}: nothing to serve for {run.path}", flush=True)
         return
-    device = post.device if torch.cuda.is_available() else "cpu"
+    device, pulse = post.device if torch.cuda.is_available() else "cpu", pulse_from_environment()
     check_paths(recipe, loaded.where, Path(recipe.root).name)
     inputs = read_inputs(recipe, loaded.where)
     with ExitStack() as stack:
@@ -105,10 +105,9 @@ def serve(loaded: Loaded, post: Post) -> None:
             post.log,
         )
         device, teachers = device.partition(",")[0], recipe.teachers
+        stack.callback(pulse.leave)
         server = stack.enter_context(
-            TeacherServer(
-                offer, find, scratch, device, teachers.heartbeat_s, teachers.silent_s, pulse_from_environment()
-            )
+            TeacherServer(offer, find, scratch, device, teachers.heartbeat_s, teachers.silent_s, pulse)
         )
         stack.callback(_say_counts, post.index, server.counts)  # it may leave by Ctrl-C as well
         server.serve(
@@ -142,9 +141,13 @@ def _find_students(
         scratch = stack.enter_context(Scratch(SHARED_MEMORY, launch))
         return scratch.path, launch, lambda: local_addresses(scratch.path, launch, post.num_students)
     service, deadline = run.path / SERVICE, time.monotonic() + recipe.teachers.start_s
-    if not remote_addresses(service):
+
+    def listening() -> list[Address]:  # what a killed launch has left is no one's
+        return [address for address in remote_addresses(service) if post.launch in (None, address.launch)]
+
+    if not listening():
         print(f"teacher {post.index}: waiting for a run to start in {run.path}", flush=True)
-    while not (found := remote_addresses(service)):
+    while not (found := listening()):
         if time.monotonic() > deadline:
             raise RunError(
                 f"{service}: no student has listened for {recipe.teachers.start_s:g} s. Start the run first."

@@ -91,15 +91,22 @@ def write_address(folder: Path, address: Address) -> Path:
     return path
 
 
+def _addresses() -> dict[str, list[str]]:
+    """Return this host's IPv4 addresses by network interface."""
+    interfaces = psutil.net_if_addrs().items()
+    return {name: [one.address for one in entries if one.family == socket.AF_INET] for name, entries in interfaces}
+
+
 def own_host() -> str:
     """Return this host's first IPv4 address that others may reach, or the loopback one."""
-    addresses = [
-        entry.address
-        for entries in psutil.net_if_addrs().values()
-        for entry in entries
-        if entry.family == socket.AF_INET and not ipaddress.ip_address(entry.address).is_loopback
-    ]
-    return addresses[0] if addresses else "127.0.0.1"
+    addresses = [one for entries in _addresses().values() for one in entries]
+    return next((one for one in addresses if not ipaddress.ip_address(one).is_loopback), "127.0.0.1")
+
+
+def interface_address(host: str | None) -> str | None:
+    """Return the address of a network interface that is named instead of one, so that all nodes share a recipe."""
+    addresses = _addresses().get(host or "")
+    return addresses[0] if addresses else host
 
 
 def listen(
@@ -122,7 +129,8 @@ def listen(
         router.close(linger=0)
         guard.stop()
         raise RunError(
-            f"teachers.host: {host} cannot be listened on ({error}). Write an address of this machine, or null."
+            f"teachers.host: {host} cannot be listened on ({error}). Write an address or a network interface of "
+            "this machine, or null."
         ) from error
     return router, port, guard
 

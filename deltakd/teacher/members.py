@@ -21,6 +21,7 @@ from deltakd.base.processes import is_alive
 from deltakd.losses.frozen import TARGET
 from deltakd.teacher.addresses import (
     Address,
+    interface_address,
     listen,
     local_socket,
     make_keys,
@@ -117,6 +118,7 @@ class Members:
 
     def _listen_on_network(self, service: Path, host: str | None) -> None:
         front, keys = self._front, make_keys()
+        host = interface_address(host)
         try:
             router, port, self._guard = listen(self._context, host or "*", keys)
         except BaseException:

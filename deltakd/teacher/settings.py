@@ -54,5 +54,7 @@ class TeachersSettings(Settings):
     restarts: int = Field(3, ge=0, description="How often each teacher rank is started again after it died.")
     network: bool = Field(True, description="Listen, with keys, for teachers of other nodes as well.")
     host: str | None = Field(
-        None, description="The address of this node that they reach; null: listen on all, name the first."
+        None,
+        description="The address or network interface (ib0) of this node that they reach; null: listen on all, name "
+        "the first.",
     )
