@@ -6,6 +6,7 @@ Any other exception is a bug of ours and keeps its trace.
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # sysexits' "try again": the run was asked to stop and continues when it is started again
+EXIT_LOST = 76  # another rank has gone; what is wrong, if anything, is that one's to say
 
 
 class DeltaKDError(Exception):
@@ -36,6 +37,12 @@ class TeacherError(DeltaKDError):
 
 class RunError(DeltaKDError):
     """A run directory, a process or a machine that cannot carry the run."""
+
+
+class PeerLost(RunError):
+    """Another rank that has ended, with a sentence of its own or with its node."""
+
+    exit_code = EXIT_LOST
 
 
 class Stopped(DeltaKDError):

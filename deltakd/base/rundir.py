@@ -3,6 +3,7 @@
 recipe.yaml      the resolved recipe            run.json        commit, versions, machine
 processes.jsonl  who ran, with what             steps.jsonl     one line per optimizer step
 checkpoints/     where it goes on from          resumed.jsonl   a line each time that it did
+models/          models of checkpoints          attempts.jsonl  a line for every life that a job gave it
 validation.jsonl, samples.jsonl, best/          what held-out rows say while it trains, and its best weights
 export/          a Hugging Face folder          finished.json   written last: the run's success, and nothing else is
 """
@@ -29,12 +30,13 @@ from deltakd.base.processes import resident_bytes
 
 FINISHED = "finished.json"
 GLANCES = 3
+MODELS = "models"
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
 BEST_STEP = "validated.json"  # in `best`: of which step it is
 BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
-FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints"})
+FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
 VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
@@ -107,7 +109,16 @@ class RunDirectory:
 
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
-        for name in (*BY_STEP, "processes.jsonl", "resumed.jsonl", "tensorboard", "best", "export", "export.part"):
+        for name in (
+            *BY_STEP,
+            "processes.jsonl",
+            "resumed.jsonl",
+            "tensorboard",
+            "best",
+            MODELS,
+            "export",
+            "export.part",
+        ):
             remove(self.path / name)
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})

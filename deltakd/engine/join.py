@@ -2,20 +2,32 @@
 
 import os
 import socket
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed
 
-from deltakd.base.errors import RunError
+from deltakd.base.errors import EXIT_LOST, PeerLost, RunError
 from deltakd.base.ranks import Role, TorchWorld
 from deltakd.engine.protocol import device_name
 
+_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+)
 
-def join_students(role: Role) -> TorchWorld:
+
+def join_students(role: Role, meet_s: float) -> TorchWorld:
     """Join the students' process group: teachers are launched with us but never belong to it.
 
-    Raises RunError if the rendezvous port is taken.
+    Raises RunError if the rendezvous port is taken. Ends the process with one sentence after `meet_s`.
     """
     os.environ |= {
         "RANK": str(role.rank),
@@ -35,14 +47,32 @@ def join_students(role: Role) -> TorchWorld:
         _refuse_taken_port(int(os.environ.setdefault("MASTER_PORT", "29500")))
     if device != "cpu":
         torch.cuda.set_device(device)
+    giving_up = threading.Timer(meet_s, _give_up, [role, meet_s])
+    giving_up.daemon = True
+    giving_up.start()
     try:
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
+        torch.distributed.barrier()  # nccl connects at its first use
     except torch.distributed.DistNetworkError as error:
         raise RunError(
             f"launch: the students cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
         ) from error
+    finally:
+        giving_up.cancel()
     return TorchWorld(device)
+
+
+def _give_up(role: Role, meet_s: float) -> None:
+    """End this process from a thread: nothing interrupts a connection that is being waited for."""
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT')}"
+    print(
+        f"deltakd, rank {role.rank}: launch: {role.num_students} students have not met at {where} within {meet_s:g} s. "
+        "One has not started, or its node cannot reach another: look at every rank's output, or raise engine.meet_s.",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_LOST)
 
 
 def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
@@ -58,7 +88,21 @@ def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
     if fault is not None:
         raise fault
     if failed:
-        raise RunError("another student rank cannot go on. Its own line says why.")
+        raise PeerLost("another student rank cannot go on. Its own line says why.")
+
+
+@contextmanager
+def among_peers() -> Iterator[None]:
+    """Turn what the process group says of a rank that has gone into one sentence. Raises PeerLost."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _GONE):
+            raise
+        raise PeerLost(
+            f"another student rank, or its node, has gone ({str(error).splitlines()[0][:120]}). Its own line says why, "
+            "if it left one; the same command goes on from the last checkpoint."
+        ) from error
 
 
 def _free_port() -> int:

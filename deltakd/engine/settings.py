@@ -9,7 +9,11 @@ from deltakd.base.settings import Settings
 Offload = Literal["none", "optimizer", "all"]
 
 
-class DeepSpeedSettings(Settings):
+class _SharedSettings(Settings):
+    meet_s: float = Field(600.0, gt=0, description="How long student ranks wait for each other at the start.")
+
+
+class DeepSpeedSettings(_SharedSettings):
     """DeepSpeed ZeRO with AdamW: any number of student ranks."""
 
     name: Literal["deepspeed"]
@@ -21,7 +25,7 @@ class DeepSpeedSettings(Settings):
     )
 
 
-class Fsdp2Settings(Settings):
+class Fsdp2Settings(_SharedSettings):
     """PyTorch's FSDP2 with AdamW: any number of student ranks; shares out what ZeRO-3 does."""
 
     name: Literal["fsdp2"]

@@ -138,7 +138,8 @@ def build_parts(
     if run is not None:
         validation = build_validation(inputs, role, stream, partial(_keep_best, run, engine, inputs, role))
         facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}
-        keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation)
+        model = partial(engine.save, tokenizer=inputs.tokenizer) if recipe.checkpoints.models else None
+        keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation, model)
     if keep is not None and saved is not None:
         keep.restore(saved)
     return TrainParts(
@@ -177,7 +178,7 @@ def meet(recipe: Recipe, role: Role) -> World:
         return SoloWorld()
     from deltakd.engine.join import join_students
 
-    return join_students(role)
+    return join_students(role, recipe.engine.meet_s)
 
 
 def build_engine(inputs: Inputs, role: Role, saved: Saved | None = None) -> Engine:

@@ -8,6 +8,7 @@ from deltakd.base.ranks import Role
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.data.examples import ExampleSet
+from deltakd.engine.join import among_peers
 from deltakd.models.load import choose_attention
 from deltakd.recipe.build import build_parts, facts_of_run, meet
 from deltakd.recipe.finished import find_checkpoint, is_finished
@@ -56,11 +57,11 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         heads = list(inputs.frozen) if not beside and inputs.spec.kind == "hidden" else []
         run.record_process("student", role.rank, parts.engine.device, ["student", *beside], heads)
         parts.world.barrier()
+        records = None
         if role.rank == 0:
             records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps, parts.done))
+        with among_peers():
             last_step = train(parts, records)
-        else:
-            last_step = train(parts, None)
         if role.rank == 0 and (short := parts.references.shortage()):
             print(short, flush=True)
         _finish(run, inputs, parts, last_step)

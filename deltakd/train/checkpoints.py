@@ -13,7 +13,7 @@ being written. Where the data stands is the step's number alone (data/stream.py)
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from deltakd.base.errors import RunError
+from deltakd.base.errors import PeerLost, RunError
 from deltakd.base.ranks import World
-from deltakd.base.rundir import remove, write_json
+from deltakd.base.rundir import MODELS, remove, write_json
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
@@ -62,6 +62,7 @@ class Checkpoints:
     alpha: Alpha
     facts: Mapping[str, Any]
     validation: Validation | None = None
+    keep_model: Callable[[Path], None] | None = None  # writes it as a Hugging Face folder
     num_tokens: int = 0
     num_supervised: int = 0
     _newest: int = field(default=0, init=False)
@@ -86,6 +87,8 @@ class Checkpoints:
         """Keep the state after a step if the settings want one there; after the last one an export can still fail."""
         every = self.settings.every_steps
         if every is not None and (last or step % every == 0):
+            if self.keep_model is not None:  # first: a run that goes on from the checkpoint does not come here again
+                self.keep_model(self.directory / MODELS / f"{_PREFIX}{step:08}")
             self.save(step)
 
     def save(self, step: int) -> Path | None:
@@ -105,10 +108,11 @@ class Checkpoints:
             with suppress(OSError):
                 remove(part)
             why = str(error).splitlines()[0][:160]
-            if "closed by peer" in why:  # a collective that the rank with the real fault did not come to
+            gone = "closed by peer" in why  # a collective that the rank with the real fault did not come to
+            if gone:
                 why = "another student rank has ended: its own line says why"
             kept = f"that of step {self._newest:,} is kept" if self._newest else "there is none before it"
-            raise RunError(
+            raise (PeerLost if gone else RunError)(
                 f"{folder}: the checkpoint cannot be written ({why}); {kept}. "
                 "Free space or rights and start the same command again."
             ) from error
@@ -184,6 +188,12 @@ def agree(world: World, saved: Saved | None, directory: Path) -> Saved | None:
     """Return rank 0's choice of a checkpoint on every rank."""
     step = int(world.sum([float(saved.step) if saved is not None and world.rank == 0 else 0.0])[0])
     return _read(_folder(directory, step)) if step else None
+
+
+def newest_step(directory: Path) -> int:
+    """Return the step of a run's newest checkpoint, whole or not; 0 if it has none."""
+    folders = _folders(directory)
+    return int(folders[0].name.removeprefix(_PREFIX)) if folders else 0
 
 
 def has_some(directory: Path) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import islice, tee
 from typing import Protocol
 
-from deltakd.base.errors import DeltaKDError, RunError, Stopped
+from deltakd.base.errors import DeltaKDError, PeerLost, Stopped
 from deltakd.base.ranks import World
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
@@ -153,7 +153,7 @@ def heed(world: World, reason: str | None, failure: DeltaKDError | None = None) 
     asked, failed = world.sum([float(reason is not None), float(not isinstance(failure, Stopped | None))])
     if failed:
         fault = None if isinstance(failure, Stopped) else failure
-        raise Halt(fault or RunError("another student rank cannot go on. Its own line says why."))
+        raise Halt(fault or PeerLost("another student rank cannot go on. Its own line says why."))
     if asked:
         raise Halt(Stopped(f"stopped by {reason or 'a signal to another rank'}."))
 

@@ -38,6 +38,10 @@ class CheckpointsSettings(Settings):
         500, gt=0, description="Keep a checkpoint every so many steps and after the last one; null: none."
     )
     keep_last: int = Field(2, gt=0, description="How many stay on the disk.")
+    models: bool = Field(
+        False,
+        description="Beside each its model as a Hugging Face folder, models/step-N, to compare; all of them stay.",
+    )
     grace_s: float = Field(
         60.0, gt=0, description="How long a run that is asked to stop may take to finish a micro-batch and save."
     )
