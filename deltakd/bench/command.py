@@ -13,6 +13,7 @@ MEASUREMENTS = {
     "losses": "time and memory of the chunked loss beside plain torch, torch.compile, TRL and Liger",
     "variants": "train the eight parallelogram variants side by side, with and without the remedies",
     "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
+    "cluster": "simulate students and teachers beside runs of this machine, and foretell 8 to 1,024 GPUs",
     "growth": "how a step's time and memory grow with the length of documents and with the vocabulary",
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
@@ -66,6 +67,9 @@ def add_bench(verbs: Any) -> None:
     growth = kind("growth", "bench/growth.json")
     growth.add_argument("--steps", type=int, default=3, help="steps that are counted at each point; default 3")
     growth.add_argument("--points", type=int, default=5, help="of each axis, the smallest first; default 5: all")
+    cluster = kind("cluster", "bench/cluster.json")
+    cluster.add_argument("--steps", type=int, default=8, help="steps that are counted of each run; default 8")
+    cluster.add_argument("--rounds", type=int, default=2, help="turns that each run takes; default 2")
     transport = kind("transport", "bench/transport.json")
     transport.add_argument("--sizes", default="1,16,64,256", help="payloads in MiB; default 1,16,64,256")
     transport.add_argument("--repeats", type=int, default=20, help="measurements, in turns with memcpy; default 20")
@@ -84,6 +88,11 @@ def run_bench(options: argparse.Namespace) -> None:
         from deltakd.bench import growth
 
         growth.bench(options.steps, options.out, options.points)
+        return
+    if options.measurement == "cluster":
+        from deltakd.bench import cluster
+
+        cluster.bench(options.steps, options.rounds, options.out)
         return
     if options.measurement == "step":
         from deltakd.bench import step

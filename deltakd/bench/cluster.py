@@ -1,0 +1,184 @@
+"""`deltakd bench cluster`: the simulation beside runs of this machine, and what it says of clusters beyond it.
+
+The seconds that are simulated with come from one run; the others are foretold from them and then run. Beyond this
+machine they come from arithmetic on a GPU's data sheet, and say so.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deltakd.base.rundir import machine_facts, remove, write_json
+from deltakd.bench.arms import KL
+from deltakd.bench.shapes import QWEN, Pair, Shape, make_pair
+from deltakd.bench.simulation import Plant, simulate
+from deltakd.bench.watched import WARM_UP, Watched, trainer, watch
+
+CHECKED = Pair(Shape(256, 6, 4, 2, 704), Shape(256, 8, 4, 2, 704), 4096, 512, 2048, "float32")
+MICRO_BATCHES = 4
+RATES = "delta, two ahead"
+CASES = {
+    RATES: (["teachers.look_ahead=2"], 2, 3),
+    "delta, none ahead": (["teachers.look_ahead=0"], 0, 3),
+    "forward KL, two ahead": ([*KL, "teachers.look_ahead=2"], 2, 1),
+    "forward KL, none ahead": ([*KL, "teachers.look_ahead=0"], 0, 1),
+}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU and its ways out, as data sheets have them; bytes and operations a second."""
+
+    name: str
+    flops: float
+    share: float  # of them that large products reach
+    nvlink: float
+    pcie: float
+    network: float  # of one GPU's share of the node's adapters
+
+
+H100 = Hardware("H100 SXM, eight to a node, 400 Gb/s each", 989e12, 0.45, 450e9, 55e9, 50e9)
+TOKENS = 8192  # of a micro-batch
+SUPERVISED = 0.6
+NUM_GPUS = (8, 16, 64, 256, 1024)
+TOKENS_PER_STEP = 262_144
+SPREAD = 0.05
+
+
+def bench(steps: int, rounds: int, out: Path) -> None:
+    """Run what is simulated, print both, then what is foretold of clusters; write JSON."""
+    checked = _check(steps, rounds, out.with_suffix(""))
+    foretold = [_foretell(number, H100) for number in NUM_GPUS]
+    write_json(out, {"machine": machine_facts(), "checked": checked, "hardware": vars(H100), "foretold": foretold})
+    _print("Simulated beside run", checked)
+    _print(f"Foretold: Qwen2.5 7B -> 1.5B, delta, {H100.name}", foretold)
+    print(f"{out}: written")
+
+
+def _check(steps: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
+    recipe = make_pair(CHECKED, None, folder)
+    common = [
+        f"train.steps={steps + WARM_UP}",
+        f"train.tokens_per_micro_batch={CHECKED.tokens_per_step // MICRO_BATCHES}",
+    ]
+    runs: dict[str, list[Watched]] = {name: [] for name in CASES}
+    for number in range(rounds):
+        for name, (overrides, _, _) in CASES.items():
+            print(f"round {number + 1} of {rounds}: {name}", flush=True)
+            remove(folder / "runs" / "case")
+            command = trainer(recipe, "case", [*common, *overrides])
+            runs[name].append(watch(command, folder / "runs" / "case" / "steps.jsonl", folder / "log.txt"))
+            if name == RATES:
+                status = json.loads((folder / "runs" / "case" / "status" / "student-0.json").read_text())
+    plant = _measured(min(runs[RATES], key=_step_s), status)
+    rows = []
+    for name, (_, look_ahead, models) in CASES.items():
+        measured = min(_step_s(run) for run in runs[name])
+        course = simulate(replace(plant, look_ahead=look_ahead, answer_s=plant.answer_s[:models]))
+        off = course.step_s / measured - 1
+        rows.append({"case": name, "run_s": measured, "simulated_s": course.step_s, "off": off})
+    return rows
+
+
+def _step_s(run: Watched) -> float:
+    return run.total("step_s") / len(run.counted)
+
+
+def _measured(run: Watched, status: dict[str, Any]) -> Plant:
+    """Return the seconds of a run: the student's from its steps, the teachers' from what they said of themselves."""
+    batches = len(run.counted) * MICRO_BATCHES
+    busy = status["busy_s"]
+    whole = len(run.steps) * MICRO_BATCHES
+    names = sorted(busy, key=lambda name: name != "teacher")
+    return Plant(
+        num_nodes=1,
+        students_per_node=1,
+        teachers_per_node=1,
+        micro_batches=MICRO_BATCHES,
+        look_ahead=2,
+        work_s=run.total("forward_backward_s") / batches,
+        update_s=run.total("update_s") / len(run.counted),
+        answer_s=tuple(busy[name] / whole for name in names),
+    )
+
+
+def _foretell(num_gpus: int, hardware: Hardware) -> dict[str, Any]:
+    """Return what a step takes on so many GPUs, with the split of a node that is fastest, and what binds."""
+    nodes = num_gpus // 8
+    plants = [_plant(nodes, students, hardware) for students in range(1, 8)]
+    tokens = [_tokens_per_step(nodes * plant.students_per_node) for plant in plants]
+    courses = [simulate(plant, steps=4 if num_gpus > 64 else 10) for plant in plants]
+    best = max(range(7), key=lambda index: tokens[index] / courses[index].step_s)
+    plant, course = plants[best], courses[best]
+    return {
+        "GPUs": num_gpus,
+        "students, teachers a node": f"{plant.students_per_node}, {plant.teachers_per_node}",
+        "tokens a step": tokens[best],
+        "tokens/s": tokens[best] / course.step_s,
+        "waiting": course.waiting,
+        "straggling": course.straggling,
+        "teachers busy": course.busy,
+        "GB a step and GPU, network": _network_bytes(plant, nodes) / 1e9,
+        "GB/s of a node's host memory": _host_bytes(plant) / course.step_s / 1e9,
+        "messages/s of a socket": course.messages_per_s,
+    }
+
+
+def _tokens_per_step(num_students: int) -> int:
+    return max(TOKENS_PER_STEP, num_students * TOKENS)
+
+
+def _plant(nodes: int, students: int, hardware: Hardware) -> Plant:
+    teacher, student = (shape.backbone_parameters for shape in (QWEN.teacher, QWEN.student))
+    speed = hardware.flops * hardware.share
+    heads = [QWEN.student.hidden_size, QWEN.teacher.hidden_size, QWEN.teacher.hidden_size, QWEN.student.hidden_size]
+    supervised = SUPERVISED * TOKENS * QWEN.vocab_size
+    # Forward, recomputed forward and backward of the student; its head's three products and the frozen heads' one each.
+    work = (8 * student * TOKENS + 6 * heads[0] * supervised + 2 * sum(heads[1:]) * supervised) / speed
+    plant = Plant(
+        num_nodes=nodes,
+        students_per_node=students,
+        teachers_per_node=8 - students,
+        micro_batches=_tokens_per_step(nodes * students) // TOKENS // (nodes * students),
+        look_ahead=2,
+        work_s=work,
+        update_s=0.0,
+        answer_s=tuple(2 * size * TOKENS / speed for size in (teacher, teacher, student)),
+        spread=SPREAD,
+    )
+    # Weights travel within a step's work where it is long enough to hide them, and bind where it is not.
+    gathering = (
+        _network_bytes(plant, nodes) / plant.micro_batches / (hardware.network if nodes > 1 else hardware.nvlink)
+    )
+    return replace(plant, work_s=max(plant.work_s, gathering))
+
+
+def _network_bytes(plant: Plant, nodes: int) -> float:
+    """Return what one GPU receives in a step: ZeRO-3 gathers 16-bit weights twice and scatters gradients, each time."""
+    students = nodes * plant.students_per_node
+    weights = 2 * (QWEN.student.backbone_parameters + QWEN.vocab_size * QWEN.student.hidden_size)
+    return 3 * weights * (students - 1) / students * plant.micro_batches
+
+
+def _host_bytes(plant: Plant) -> float:
+    """Return what payloads take of a node's memory in a step: written once by a teacher, read once by a student."""
+    hidden = 2 * (2 * QWEN.teacher.hidden_size + QWEN.student.hidden_size)
+    return 2 * SUPERVISED * TOKENS * hidden * plant.micro_batches * plant.students_per_node
+
+
+def _print(title: str, rows: Sequence[dict[str, Any]]) -> None:
+    table = Table(*(str(name) for name in rows[0]), title=title)
+    for row in rows:
+        table.add_row(*(_shown(value) for value in row.values()))
+    Console(width=160).print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
