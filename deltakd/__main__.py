@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     check = verb("check", "print the resolved recipe, or say what is wrong with it")
     check.add_argument("--stage", help="the recipe as this stage of its pipeline runs it")
     run = verb("run", "run every stage of the recipe's pipeline that is not finished")
+    run.add_argument("--stage", help="this stage alone")
     run.add_argument(
         "--processes", type=int, metavar="N", help="processes per training stage; default: one per accelerator"
     )
@@ -60,6 +61,16 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
     )
+    verb("stages", "list the stages of the recipe's pipeline, what each makes and which it needs")
+    compare = verb("compare", "score the models that a run kept with its checkpoints, and print their table")
+    compare.add_argument("--run", required=True, metavar="NAME", help="the run's folder under root, as `delta`")
+    compare.add_argument("--only", type=int, metavar="N", help="score the Nth alone; the table comes without --only")
+    outcome = verb("outcome", "say how a run stands, by what it wrote: exit code 0 finished, 75 goes on, 2 stuck")
+    outcome.add_argument("--stage", help="a stage of the recipe's pipeline")
+    outcome.add_argument("--job", metavar="ID", help="the job that asks; its lives that brought nothing are counted")
+    outcome.add_argument("--begins", action="store_true", help="the job gives the run another life now")
+    outcome.add_argument("--most", type=int, default=3, metavar="N", help="lives without progress; default: 3")
+    verbs.add_parser("tidy", help="remove what dead runs have left in this node's shared memory")
     watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")
     watch.add_argument("--once", action="store_true", help="print it once")
@@ -76,14 +87,16 @@ def add_teacher_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--launch", help="name that teachers and students of one run share; default: from the launcher"
     )
-    command.add_argument("--index", type=int, default=0, help="which teacher rank of this node it is")
+    command.add_argument(
+        "--index", type=int, help="which teacher rank of this node it is; default: as srun numbers it, or 0"
+    )
     command.add_argument(
         "--students", type=int, default=1, help="student ranks of this node; it ends when all have left"
     )
     command.add_argument(
         "--device",
-        default="cuda:0",
-        help="where it computes, first of its GPUs or all: cuda:0,cuda:1; the CPU where there is no GPU",
+        help="where it computes, first of its GPUs or all: cuda:0,cuda:1; default: by srun's local rank; the CPU where "
+        "there is no GPU",
     )
     command.add_argument("--run", metavar="DIR", help="join the run of this directory from any node that sees it")
     command.add_argument("--log", default="the terminal's", help=argparse.SUPPRESS)
@@ -93,7 +106,10 @@ def post(options: argparse.Namespace) -> "Post":
     """Return where a teacher rank stands, from its options."""
     from deltakd.recipe.supervise import Post
 
-    return Post(options.index, options.students, options.launch, options.device, options.log, options.run)
+    index, device = options.index, options.device or f"cuda:{os.environ.get('SLURM_LOCALID', '0')}"
+    if index is None:
+        index = int(os.environ.get("SLURM_PROCID", "0"))
+    return Post(index, options.students, options.launch, device, options.log, options.run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,6 +145,26 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.caching import cache
 
         cache(options.recipe, options.overrides, options.stage, options.students)
+    elif options.verb == "compare":
+        from deltakd.recipe.evaluation import compare_checkpoints
+        from deltakd.recipe.load import load
+
+        print(compare_checkpoints(load(options.recipe, options.overrides), options.run, options.only))
+    elif options.verb == "outcome":
+        from deltakd.recipe.load import load
+        from deltakd.recipe.outcome import outcome
+
+        loaded = load(options.recipe, options.overrides, options.stage)
+        print(outcome(loaded, options.job, options.begins, options.most))
+    elif options.verb == "tidy":
+        from deltakd.base.scratch import SHARED_MEMORY, sweep
+
+        for folder in sweep(SHARED_MEMORY):
+            print(f"{folder}: removed")
+    elif options.verb == "stages":
+        from deltakd.recipe.stages import describe_stages
+
+        print(describe_stages(options.recipe, options.overrides))
     elif options.verb == "serve":
         from deltakd.recipe.load import load
         from deltakd.recipe.teachers import serve
@@ -142,7 +178,7 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe import pipeline
 
         if options.verb == "run":
-            pipeline.run(options.recipe, options.overrides, options.processes)
+            pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
         else:
             pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
 

@@ -14,11 +14,14 @@ import pytest
 from deltakd.__main__ import main, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import load
+from deltakd.recipe.stages import describe_stages
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-START = re.compile(r"^(make|python|deepspeed|torchrun|launchers/|sbatch|bash|\.venv/bin/|[A-Z_]+=\S+ (make|sbatch))")
+START = re.compile(
+    r"^(make|python|deepspeed|torchrun|launchers/|slurm/|sbatch|bash|\.venv/bin/|([A-Z_]+=\S+ )+(make|sbatch))"
+)
 LINKS = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
@@ -74,9 +77,13 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
     elif words[0] == "launchers/local.sh":
         loaded = load(words[1], [word for word in words if "=" in word])
         check_recipe(loaded.recipe, loaded.where)
-    elif words[0] == "sbatch":
+    elif words[0] == "sbatch":  # run for real: tests/slurm
         script = next(word for word in words if word.endswith(".sbatch"))
-        assert subprocess.run(["bash", "-n", script], cwd=ROOT).returncode == 0
+        given = dict(word.split("=", 1) for word in shlex.split(command) if re.match(r"[A-Z]+=", word))
+        overrides = [word for word in words[words.index(script) :] if "=" in word]
+        load(given.get("RECIPE", "ultrachat"), overrides, given.get("STAGE"))
+    elif words[0] == "slurm/submit.sh":
+        describe_stages(words[1], words[words.index("--") + 1 :] if "--" in words else [])
     else:
         pytest.fail(f"{page.name}: no test knows how to try `{command}`")
 

@@ -12,7 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltakd.base.rundir import machine_facts, write_json
+from deltakd.base.errors import RunError
+from deltakd.base.rundir import MODELS, RunDirectory, machine_facts, write_json
 from deltakd.data.conversation import Conversation
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
@@ -36,8 +37,43 @@ from deltakd.recipe.schema import Recipe
 RULES_VERSION = 1  # raise it when the same models and rows would get other scores; stored ones are not read then
 
 
+def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
+    """Score the models that a run kept with its checkpoints; returns their table, or `only` one's name.
+
+    Raises RunError if there is none.
+    """
+    console = Console(stderr=True)
+    run = RunDirectory(Path(loaded.recipe.root) / run_name)
+    folders = sorted((run.path / MODELS).glob("step-*[0-9]"))
+    if not folders or (only is not None and not 1 <= only <= len(folders)):
+        raise RunError(
+            f"{run.path / MODELS}: {len(folders)} models are kept there"
+            + (f", {only} is none of them." if folders else ". Train with checkpoints.models=true.")
+        )
+    settings = CompareSettings(models={one.name: str(one) for one in folders}, baseline=folders[0].name)
+    if only is None:
+        evaluate(loaded, run_name, settings, run.path / "evaluation", console)
+        return (run.path / "evaluation" / "table.md").read_text()
+    one = settings.model_copy(update={"models": {folders[only - 1].name: str(folders[only - 1])}})
+    _score_all(loaded, run_name, one, run.path / "evaluation", console)
+    return f"{folders[only - 1].name}: scored"
+
+
 def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console) -> None:
     """Score every model of the comparison and write results.json, table.md and all answers."""
+    recipe = loaded.recipe
+    scores = _score_all(loaded, stage, settings, folder, console)
+    result = compare(
+        scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed
+    )
+    write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def _score_all(
+    loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console
+) -> list[ModelScores]:
     recipe = loaded.recipe
     conversations = held_out_conversations(recipe, recipe.evaluation.num_prompts)
     scores = []
@@ -56,12 +92,7 @@ def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path
                 _score_once(recipe, key, label, path, conversations, folder, lambda n, t=task: bar.advance(t, n))
             )
             bar.update(task, completed=len(conversations))
-    result = compare(
-        scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed
-    )
-    write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
-    for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+    return scores
 
 
 def _score_once(

@@ -31,22 +31,26 @@ LAUNCHERS = Path(__file__).resolve().parents[2] / "launchers"
 POLL_S = 0.2
 
 
-def run(name: str, overrides: Sequence[str], num_processes: int | None) -> None:
-    """Run every stage that is not finished, and print the last table and where the results lie."""
+def run(name: str, overrides: Sequence[str], num_processes: int | None, only: str | None = None) -> None:
+    """Run every stage that is not finished, or `only` one, and print the table and where the results lie."""
     base = check_every_stage(name, overrides)[0]
     if not base.recipe.pipeline:
         raise RunError(f"{base.where('pipeline')}: no stages. Write some, or use `deltakd train {name}`.")
+    stages = [stage for stage in base.recipe.pipeline if only in (None, stage.name)]
+    if not stages:
+        names = ", ".join(stage.name for stage in base.recipe.pipeline)
+        raise RunError(f"{base.where('pipeline')}: no stage {only}. Write --stage with one of {names}.")
     name_accelerator()
     console = Console(stderr=True)
     root = Path(base.recipe.root)
     claim = RunDirectory(root)
     with claim.claim():
-        for stage in base.recipe.pipeline:
+        for stage in stages:
             if stage.train is not None:
                 _train_stage(name, overrides, stage.name, num_processes, console)
             else:
                 _make_stage(base, stage, console)
-    tables = [root / stage.name / "table.md" for stage in base.recipe.pipeline if stage.evaluate is not None]
+    tables = [root / stage.name / "table.md" for stage in stages if stage.evaluate is not None]
     for table in tables:
         print(f"\n{table.read_text()}\nResults: {table.parent}/results.json, answers in {table.parent}/predictions/")
 
