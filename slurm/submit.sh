@@ -19,7 +19,7 @@ declare -A job
 while read -r name kind needs; do
     after=
     for need in ${needs//,/ }; do [ "$need" = - ] || after+=:${job[$need]}; done
-    command=(sbatch --parsable --job-name="$recipe-$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok$after})
+    command=(sbatch --parsable --job-name="$(basename "$recipe" .yaml)-$name" --kill-on-invalid-dep=yes ${after:+--dependency=afterok$after})
     if [ "$kind" = train ]; then
         command+=("${options[@]}" slurm/deltakd_qwen.sbatch)
     else

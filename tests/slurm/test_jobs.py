@@ -212,7 +212,8 @@ def test_a_sweep_is_an_array_and_every_task_has_its_line(cluster, lab):
     assert first[0]["loss"] != second[0]["loss"], job.said()
 
 
-def test_a_chain_goes_through_the_stages_and_compares_checkpoints(cluster, lab, monkeypatch):
+@pytest.mark.soak
+def test_a_chain_goes_through_the_stages_and_compares_checkpoints(cluster, lab):
     """submit.sh: teacher, then delta, then their comparison; then an array over the checkpoints of delta."""
     root = lab.folder / "chain"
     recipe = yaml.safe_load(lab.recipe.read_text()) | {"root": str(root)}
@@ -246,3 +247,11 @@ def test_a_chain_goes_through_the_stages_and_compares_checkpoints(cluster, lab, 
     wait_until(lambda: not cluster.say("squeue", "--noheader"), "an empty queue", LONG_S)
     logs = "".join(path.read_text() for path in lab.folder.glob("chain*.log"))
     assert "| delta" in (root / "evaluation" / "table.md").read_text(), logs
+    for options in (["--array=1-2"], ["--dependency=singleton"]):
+        given = {**environment, "RECIPE": str(path), "RUN": "delta"}
+        command = ["sbatch", "--parsable", *options, "slurm/stage.sbatch"]
+        subprocess.run(command, cwd=REPOSITORY, env=given, check=True, capture_output=True)
+    wait_until(lambda: not cluster.say("squeue", "--noheader"), "an empty queue", LONG_S)
+    table = (root / "delta" / "evaluation" / "table.md").read_text()
+    assert "| step-00000001 |" in table and "| step-00000002 |" in table
+    assert len(list((root / "delta" / "evaluation" / "scores").iterdir())) == 2
