@@ -3,13 +3,15 @@
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from deltakd.base.errors import DeltaKDError
+from deltakd.base.errors import DeltaKDError, PeerLost
 from deltakd.base.processes import end_with_launchers
+from deltakd.base.supervisor import PULSE
 from deltakd.bench.command import add_bench, run_bench
 
 if TYPE_CHECKING:
@@ -186,15 +188,20 @@ def _dispatch(options: argparse.Namespace) -> None:
 def guarded(life: Callable[[], None]) -> int:
     """Live a process's life; a fault that its reader can act on becomes one sentence and exit code 2."""
     end_with_launchers()
+    if PULSE in os.environ:  # our supervisor knows when we may leave: a signal to all processes of a job is not for us
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
     for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels not ours
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         life()
     except DeltaKDError as error:
         rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank != "0":
-            # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the
-            # others; a fault of this rank alone is still said.
+        # All ranks of a launch find the same fault in a recipe at once. Rank 0 says it, and its end ends the others; a
+        # fault of this rank alone is still said, before those end that only miss it.
+        if isinstance(error, PeerLost):
+            time.sleep(2 * SILENCE_S)
+        elif rank != "0":
             time.sleep(SILENCE_S)
         print(f"deltakd: {error}" if rank == "0" else f"deltakd, rank {rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code

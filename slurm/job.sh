@@ -3,6 +3,19 @@
 say() { echo "$(date +%T) $*"; }
 fail() { say "$1" >&2; exit "${2:-2}"; }
 
+unset DELTAKD_LAUNCHERS  # whoever submitted the job may end before it
+
+# Slurm sends USR1 before the time limit (--signal=B:USR1@...), whatever this script is doing then.
+asked= training=
+trap 'asked=1; say "the time limit is near: the run is asked to stop"; stop_students' USR1
+
+# srun hands USR1 to every rank: students keep a checkpoint and leave with 75, teachers leave after them.
+stop_students() { [ -z "$training" ] || kill -USR1 "$training" 2>/dev/null; }
+
+# A task of an array is queued again alone; the id of one of its tasks is that of them all.
+this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+this_job=${this_job:-$SLURM_JOB_ID}
+
 # Read the site's settings and have its python.
 read_site() {
     if [ -f slurm/site.env ]; then
@@ -12,7 +25,6 @@ read_site() {
     for name in ${SITE_MODULES:-}; do module load "$name" || fail "slurm/site.env: no module $name."; done
     source "${SITE_VENV:-.venv}/bin/activate" || fail "slurm/site.env: SITE_VENV holds no environment. Run make install."
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun has not taken it from sbatch since 22.05
     if [ -n "${SITE_INTERFACE:-}" ]; then
         export NCCL_SOCKET_IFNAME=$SITE_INTERFACE GLOO_SOCKET_IFNAME=$SITE_INTERFACE
     fi
@@ -25,7 +37,8 @@ read_site() {
 read_settings() {
     recipe=${RECIPE:-ultrachat}
     stage=(${STAGE:+--stage "$STAGE"})
-    settings=(${SITE_SCRATCH:+"root=$SITE_SCRATCH/$(basename "$recipe" .yaml)"} ${SITE_INTERFACE:+"teachers.host=$SITE_INTERFACE"} "$@")
+    # A signal leaves 300 s before the limit; one that comes with less time (scancel: KillWait) ends in SIGKILL anyway.
+    settings=("checkpoints.grace_s=240" ${SITE_SCRATCH:+"root=$SITE_SCRATCH/$(basename "$recipe" .yaml)"} ${SITE_INTERFACE:+"teachers.host=$SITE_INTERFACE"} "$@")
     if [ -n "${SWEEP:-}" ]; then
         local line
         line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP wants sbatch --array=1-N}p" "$SWEEP")
@@ -36,11 +49,11 @@ read_settings() {
     fi
 }
 
-# Find where the ranks meet: the first node, at a port of this job's that is free there now.
+# Find where the ranks meet: the first node, at a port of this job's that is free there now, and no client's.
 meet() {
     nodes=${SLURM_JOB_NODELIST_HET_GROUP_0:-$SLURM_JOB_NODELIST}
     MASTER_ADDR=$(scontrol show hostnames "$nodes" | head -n 1)
-    MASTER_PORT=$(python - "$((20000 + SLURM_JOB_ID % 40000))" <<'P'
+    MASTER_PORT=$(python - "$((10000 + SLURM_JOB_ID % 20000))" <<'P'
 import socket, sys
 for port in range(int(sys.argv[1]), int(sys.argv[1]) + 100):
     with socket.socket() as probe:
@@ -52,7 +65,7 @@ for port in range(int(sys.argv[1]), int(sys.argv[1]) + 100):
         break
 P
     )
-    [ -n "$MASTER_PORT" ] || fail "no port is free on $MASTER_ADDR behind $((20000 + SLURM_JOB_ID % 40000))." 75
+    [ -n "$MASTER_PORT" ] || fail "no port is free on $MASTER_ADDR behind $((10000 + SLURM_JOB_ID % 20000))." 75
     # All nodes name their folders in shared memory, and the keys of their sockets, after this life of the job.
     DELTAKD_LAUNCH=job-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     export MASTER_ADDR MASTER_PORT DELTAKD_LAUNCH
@@ -60,12 +73,14 @@ P
 
 # Remove on every node what dead runs left in /dev/shm; a rank that was killed with its node's job step cannot.
 tidy() {
-    local group
+    local group job nodes number
     for group in $(seq 0 $((${SLURM_HET_SIZE:-1} - 1))); do
-        local size=SLURM_JOB_NUM_NODES_HET_GROUP_$group
-        [ -n "${SLURM_HET_SIZE:-}" ] || size=SLURM_JOB_NUM_NODES
-        srun ${SLURM_HET_SIZE:+--het-group=$group} --nodes="${!size}" --ntasks="${!size}" --ntasks-per-node=1 \
-            --label --quiet "${container[@]}" python -m deltakd tidy
+        job=$SLURM_JOB_ID${SLURM_HET_SIZE:++$group}
+        nodes=$(squeue --noheader --jobs "$job" --format %N)  # under --no-kill a lost node is the job's no more
+        number=$(scontrol show hostnames "$nodes" | wc -l)
+        timeout --kill-after=5 120 srun ${SLURM_HET_SIZE:+--het-group=$group} --nodelist="$nodes" --nodes="$number" \
+            --ntasks="$number" --ntasks-per-node=1 --label --quiet ${container[@]+"${container[@]}"} \
+            python -m deltakd tidy || say "/dev/shm of $nodes may not have been swept"
     done
 }
 
@@ -84,40 +99,54 @@ prepare() {
     say "ranks meet at $MASTER_ADDR:$MASTER_PORT; their output is in $logs/"
 }
 
-# Start a step in which every task lives as slurm/rank.sh has it; its logs and codes are named after the first word.
+# Start a step; what its ranks say is in NAME-<rank>.log, and what srun says of them in NAME.srun.
 start() {
-    local name=$1
-    shift
-    srun --kill-on-bad-exit=1 --output="$logs/$name-%t.log" --open-mode=append "${container[@]}" "$@" &
+    local name=$1 cpus=SLURM_CPUS_PER_TASK${2:-}
+    shift 2
+    # srun has not taken the number of processors from sbatch since 22.05.
+    srun --kill-on-bad-exit=1 --cpus-per-task="${!cpus:-1}" --output="$logs/$name-%t.log" --open-mode=append \
+        ${container[@]+"${container[@]}"} "$@" 2>>"$logs/$name.srun" &
 }
 
 train() {
-    asked=
-    local serving=0
+    local serving= rest=(--recipe "$recipe" "${stage[@]}")
     if [ -n "${SLURM_HET_SIZE:-}" ]; then
-        start teacher --het-group=1 bash slurm/rank.sh "$logs/teacher" python launchers/teacher.py \
-            --recipe "$recipe" "${stage[@]}" --run "$run" --launch "$DELTAKD_LAUNCH" "${settings[@]}"
+        start teacher _HET_GROUP_1 --het-group=1 python launchers/teacher.py "${rest[@]}" \
+            --run "$run" --launch "$DELTAKD_LAUNCH" "${settings[@]}"
         serving=$!
-        start student --het-group=0 bash slurm/rank.sh "$logs/student" python launchers/train.py --external-teachers \
-            --recipe "$recipe" "${stage[@]}" --launch "$DELTAKD_LAUNCH" "${settings[@]}"
+        start student _HET_GROUP_0 --het-group=0 python launchers/train.py --external-teachers "${rest[@]}" \
+            --launch "$DELTAKD_LAUNCH" "${settings[@]}"
     else
-        start rank bash slurm/rank.sh "$logs/rank" python launchers/train.py \
-            --recipe "$recipe" "${stage[@]}" "${settings[@]}"
+        start student "" python launchers/train.py "${rest[@]}" "${settings[@]}"
     fi
-    local training=$!
-    # USR1 comes before the time limit, and srun hands it to every rank: they keep a checkpoint and leave with 75.
-    trap 'asked=1; say "the time limit is near: the run is asked to stop"; kill -USR1 $training' USR1
-    while kill -0 "$training" 2>/dev/null; do wait "$training"; done
-    trap - USR1
-    [ "$serving" = 0 ] || wait "$serving"
+    training=$!
+    [ -z "$asked" ] || stop_students
+    teachers_ended=0
+    while kill -0 "$training" 2>/dev/null; do
+        sleep 1 &
+        wait $!
+        if [ -n "$serving" ] && ! kill -0 "$serving" 2>/dev/null && [ $((teachers_ended += 1)) = 30 ]; then
+            say "the teachers have ended: the run is asked to stop"
+            stop_students
+        fi
+    done
+    training=
+    [ -z "$serving" ] || { sleep 15 && kill -TERM "$serving" 2>/dev/null; } &  # students that were killed said nothing
+    [ -z "$serving" ] || wait "$serving"
 }
 
-# The worst code that a rank wrote of itself; srun's own is that of ranks which it killed for another's sake as well.
-wrote() { cat "$logs"/*.code 2>/dev/null | grep -qx "$1"; }
+# Whether a rank ended by itself with this code. srun's own is the worst of all, those that it killed included; what
+# teachers say counts if they ended before the students.
+wrote() {
+    local said=("$logs/student.srun")
+    [ "$teachers_ended" -lt 30 ] || said+=("$logs/teacher.srun")
+    grep -q "Exited with exit code $1\$" "${said[@]}"
+}
 
 settle() {
     tidy
-    local stands code
+    local stands code preempted
+    cat "$logs"/*.srun
     stands=$(python -m deltakd outcome "$recipe" "${stage[@]}" "${settings[@]}" --job "$SLURM_JOB_ID" 2>&1)
     code=$?
     say "$stands"
@@ -125,15 +154,14 @@ settle() {
     grep -h "^deltakd" "$logs"/*.log | sort -u
     [ "$code" = 75 ] || exit "$code"
     wrote 2 && exit 2  # a fault that its reader must mend: another start would meet it again
-    local preempted
-    preempted=$(scontrol show job "$SLURM_JOB_ID" | grep -o "PreemptTime=[0-9][^ ]*")
-    if wrote 75 && [ -z "$asked$preempted" ]; then
+    preempted=$(scontrol show job "$this_job" | grep -o "PreemptTime=[0-9][^ ]*")
+    if wrote 75 && [ -z "$asked$preempted" ] && [ "$teachers_ended" -lt 30 ]; then
         exit 75  # somebody stopped it
     fi
-    # Lost ranks, the time limit or preemption. A job that was cancelled is not running any more, and stays so.
-    [ "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format %T | head -n 1)" = RUNNING ] || exit 75
+    # Lost ranks, the time limit or preemption. A job that was cancelled is none that can be queued again.
     say "queued again"
-    scontrol requeue "$SLURM_JOB_ID" || fail "it cannot be queued again: submit it once more, it goes on." 75
-    sleep 60  # until Slurm ends this script
+    scontrol requeue Incomplete "$this_job" || fail "it cannot be queued again: submit it once more, it goes on." 75
+    sleep 60 &  # until Slurm ends this script
+    wait $!
     exit 75
 }

@@ -12,24 +12,22 @@ import errno
 import fcntl
 import json
 import os
-import platform
 import shutil
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from deltakd.base.errors import RunError
+from deltakd.base.machine import machine_facts, timestamp
 from deltakd.base.processes import resident_bytes
 
 FINISHED = "finished.json"
-GLANCES = 3
+GLANCES, LOOK_S = 3, 0.1
 MODELS = "models"
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
@@ -39,7 +37,6 @@ BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
-VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyzmq", "numpy")
 
 
 class RunDirectory:
@@ -80,12 +77,12 @@ class RunDirectory:
             ) from error
 
     @contextmanager
-    def claim(self) -> Iterator[None]:
+    def claim(self, patience_s: float = 0.0) -> Iterator[None]:
         """Hold the directory for this process; raises RunError if a live run has it or it cannot be written."""
         lock = self._open_lock()
         try:
             try:
-                _take(lock)
+                _take(lock, patience_s)
             except BlockingIOError:
                 holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "an unknown process"
                 raise RunError(
@@ -235,13 +232,13 @@ class RunDirectory:
         return [f"{key}: {old.get(key)}, now {new.get(key)}" for key in keys]
 
 
-def _take(lock: int) -> None:
-    """Lock a file for this process alone; raises BlockingIOError if another has it for more than a moment."""
-    for _ in range(GLANCES):
+def _take(lock: int, patience_s: float) -> None:
+    """Lock a file for this process alone; raises BlockingIOError if another has it for longer than a moment."""
+    for _ in range(GLANCES + int(patience_s / LOOK_S)):
         try:
             return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:  # perhaps only somebody who looks whether the run is live
-            time.sleep(0.1)
+            time.sleep(LOOK_S)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
@@ -288,36 +285,3 @@ def put_in_place(part: Path, folder: Path) -> None:
         folder.replace(old)
     part.replace(folder)
     remove(old)
-
-
-def timestamp() -> str:
-    """Return the time in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def machine_facts() -> dict[str, Any]:
-    """Say which code ran on which machine: commit, versions, processor, memory."""
-    import psutil
-
-    return {
-        "started": timestamp(),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in VERSIONS},
-        "host": socket.gethostname(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB",
-    }
-
-
-def commit() -> str:
-    """Return the commit of the code at work, with `+` if files differ from it; `unknown` outside a checkout."""
-    folder = Path(__file__).resolve().parents[2]
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no").strip()
-        return git("rev-parse", "--short=12", "HEAD").strip() + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

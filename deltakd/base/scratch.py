@@ -26,7 +26,7 @@ PREFIX = "deltakd-"
 # Runs isolated (-I -S): no site packages, about 8 MB. The lock file is opened before the folder can vanish.
 _JANITOR = """
 import fcntl, shutil, signal, sys
-for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, signal.SIG_IGN)
 try:
     with open(sys.argv[1] + "/lock") as lock:

@@ -114,7 +114,7 @@ class Supervisor:
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     pass_fds=[writing],
-                    start_new_session=True,  # a signal to the group asks us, who know when it may leave
+                    start_new_session=True,  # Ctrl-C asks us, who know when it may leave
                     env={**os.environ, PULSE: str(writing)},
                 )
             os.close(writing)
@@ -128,7 +128,7 @@ class Supervisor:
             except subprocess.TimeoutExpired:  # it has left, and hangs on its way out
                 process.kill()
                 process.wait()
-                code = 0
+                code = 0  # only who has done its work leaves
             return code, f"was stuck for {self._silent_s:g} s" if is_stuck else f"ended with exit code {code}"
         finally:
             os.close(reading)

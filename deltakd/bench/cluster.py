@@ -7,13 +7,15 @@ machine they come from arithmetic on a GPU's data sheet, and say so.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from deltakd.base.rundir import machine_facts, remove, write_json
+from deltakd.base.machine import machine_facts
+from deltakd.base.rundir import remove, write_json
 from deltakd.bench.arms import KL
 from deltakd.bench.shapes import QWEN, Pair, Shape, make_pair
 from deltakd.bench.simulation import Plant, simulate
@@ -144,7 +146,7 @@ def _plant(nodes: int, students: int, hardware: Hardware) -> Plant:
         num_nodes=nodes,
         students_per_node=students,
         teachers_per_node=8 - students,
-        micro_batches=_tokens_per_step(nodes * students) // TOKENS // (nodes * students),
+        micro_batches=ceil(_tokens_per_step(nodes * students) / TOKENS / (nodes * students)),
         look_ahead=2,
         work_s=work,
         update_s=0.0,

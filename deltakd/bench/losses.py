@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import machine_facts
+from deltakd.base.machine import machine_facts
 from deltakd.bench.case import NAMES, Case
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deltakd.base.rundir import machine_facts
+from deltakd.base.machine import machine_facts
 from deltakd.bench.words import first_words
 from deltakd.losses.divergences import LOG_ZERO
 from deltakd.losses.points import mix

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from deltakd.base.rundir import machine_facts
+from deltakd.base.machine import machine_facts
 from deltakd.teacher.arena import Arena, slot_bytes_for
 from deltakd.teacher.messages import Score, Scored, decode, encode
 

@@ -16,8 +16,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from deltakd.base.errors import RunError
+from deltakd.base.machine import machine_facts
 from deltakd.base.ranks import Placement, assign_role
-from deltakd.base.rundir import machine_facts
 from deltakd.bench.probabilities import faults
 from deltakd.bench.recorder import Steps
 from deltakd.losses.settings import VARIANTS

@@ -54,7 +54,8 @@ def join_students(role: Role, meet_s: float) -> TorchWorld:
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         torch.distributed.barrier()  # nccl connects at its first use
     except torch.distributed.DistNetworkError as error:
-        raise RunError(
+        kind = RunError if "EADDRINUSE" in str(error) or "in use" in str(error) else PeerLost
+        raise kind(
             f"launch: the students cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
         ) from error
@@ -91,13 +92,18 @@ def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
         raise PeerLost("another student rank cannot go on. Its own line says why.")
 
 
+def says_gone(error: Exception) -> bool:
+    """Tell whether a collective failed because another rank has gone."""
+    return any(words in str(error) for words in _GONE)
+
+
 @contextmanager
 def among_peers() -> Iterator[None]:
     """Turn what the process group says of a rank that has gone into one sentence. Raises PeerLost."""
     try:
         yield
     except RuntimeError as error:
-        if not any(words in str(error) for words in _GONE):
+        if not says_gone(error):
             raise
         raise PeerLost(
             f"another student rank, or its node, has gone ({str(error).splitlines()[0][:120]}). Its own line says why, "

@@ -10,7 +10,7 @@ Offload = Literal["none", "optimizer", "all"]
 
 
 class _SharedSettings(Settings):
-    meet_s: float = Field(600.0, gt=0, description="How long student ranks wait for each other at the start.")
+    meet_s: float = Field(1800.0, gt=0, description="How long student ranks wait for each other at the start.")
 
 
 class DeepSpeedSettings(_SharedSettings):

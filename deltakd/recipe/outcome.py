@@ -10,7 +10,7 @@ from deltakd.base.errors import RunError, Stopped
 from deltakd.base.rundir import RunDirectory
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded
-from deltakd.train.checkpoints import newest_step
+from deltakd.train.checkpoints import last_kept
 
 ATTEMPTS = "attempts.jsonl"
 
@@ -24,20 +24,20 @@ def outcome(loaded: Loaded, job: str | None, begins: bool, most: int) -> str:
     run = RunDirectory(Path(loaded.recipe.directory))
     if is_finished(run, loaded.recipe):
         return f"{run.path}: finished"
-    step = newest_step(run.path)
+    step, kept = last_kept(run.path)
     if job is not None:
-        _refuse_to_stand_still(run, job, step, most)
+        _refuse_to_stand_still(run, job, step, kept, most)
     if begins:
         run.path.mkdir(parents=True, exist_ok=True)
-        run.append(ATTEMPTS, {"job": job, "step": step})
+        run.append(ATTEMPTS, {"job": job, "step": step, "kept": kept})
         return f"{run.path}: goes on from step {step}" if step else f"{run.path}: begins with step 1"
     where = f"it goes on from step {step:,}" if step else "it has kept no step yet"
     raise Stopped(f"{run.path}: not finished; {where} when it is started again.")
 
 
-def _refuse_to_stand_still(run: RunDirectory, job: str, step: int, most: int) -> None:
-    lives = [line["step"] for line in run.read_lines(ATTEMPTS) if line["job"] == job]
-    if lives[-most:] == [step] * most:
+def _refuse_to_stand_still(run: RunDirectory, job: str, step: int, kept: float, most: int) -> None:
+    lives = [line["kept"] for line in run.read_lines(ATTEMPTS) if line["job"] == job]
+    if lives[-most:] == [kept] * most:
         raise RunError(
             f"{run.path}: {most} lives in a row have brought it no further than step {step:,}. Look at the logs of its "
             "ranks, or write a smaller checkpoints.every_steps; submitted anew, the count begins anew."

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.base.errors import EXIT_STOPPED, DeltaKDError, RunError, Stopped
-from deltakd.base.rundir import RunDirectory, machine_facts, remove
+from deltakd.base.machine import machine_facts
+from deltakd.base.rundir import RunDirectory, remove
 from deltakd.data.examples import ExampleCounts
 from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.finished import is_finished
@@ -43,7 +44,7 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
     name_accelerator()
     console = Console(stderr=True)
     root = Path(base.recipe.root)
-    claim = RunDirectory(root)
+    claim = RunDirectory(root / ".stages" / only if only else root)  # jobs of one chain run beside each other
     with claim.claim():
         for stage in stages:
             if stage.train is not None:

@@ -1,5 +1,6 @@
 """The life of a student rank: it claims the run, checks, opens the service, trains, and exports."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from deltakd.train.checkpoints import Saved, agree
 from deltakd.train.loop import TrainParts, train
 from deltakd.train.records import Records
 
+CLAIM_S = 300.0
+
 
 def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = False) -> None:
     """Train: claim the directory, check, start teachers if they are ours to start, join, train, export.
@@ -31,7 +34,8 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
     run = RunDirectory(Path(recipe.directory))
     with ExitStack() as stack:
         if role.rank == 0:
-            stack.enter_context(run.claim())
+            # A node that was lost may hold the claim a while longer than it lives, on a disk that others see as well.
+            stack.enter_context(run.claim(CLAIM_S if int(os.environ.get("SLURM_RESTART_COUNT", "0")) else 0))
         if is_finished(run, recipe):
             if role.rank == 0:
                 print(f"{run.path}: finished; nothing to do. Remove the folder to train again.", flush=True)
@@ -44,6 +48,7 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         chosen = _begin(run, inputs, examples, resume) if role.rank == 0 else None
         # Rank 0 holds the directory when all have met: of a launch that is refused, no other rank writes into it.
         world = meet(recipe, role)
+        stack.enter_context(among_peers())
         saved = agree(world, chosen, run.path)
         launch = launch_name or launch_identity(run.path)
         service = None
@@ -60,8 +65,7 @@ def student(loaded: Loaded, role: Role, launch_name: str | None, resume: bool = 
         records = None
         if role.rank == 0:
             records = stack.enter_context(Records(run, recipe.records, recipe.run, recipe.train.steps, parts.done))
-        with among_peers():
-            last_step = train(parts, records)
+        last_step = train(parts, records)
         if role.rank == 0 and (short := parts.references.shortage()):
             print(short, flush=True)
         _finish(run, inputs, parts, last_step)

@@ -94,7 +94,7 @@ def supervise(loaded: Loaded, post: Post) -> None:
     Raises TeacherError if its recipe cannot be served. If it cannot be started again the others go on without it.
     """
     recipe = loaded.recipe
-    run = RunDirectory(Path(recipe.directory))
+    run = RunDirectory(Path(post.run or recipe.directory))
     launch = post.launch or launch_identity(run.path)
     wanted = _Wanted(_on_this_node(launch) if post.run is None else _in_run(run, launch), recipe.checkpoints.grace_s)
     index, place = divmod(post.index, recipe.teachers.tensor_parallel)
@@ -105,12 +105,20 @@ def supervise(loaded: Loaded, post: Post) -> None:
     post = replace(post, index=index, launch=launch)
     supervisor = _supervisor(recipe, run, post, wanted)
     code = supervisor.run()
+    while code == 0 and post.run is not None and _stays(wanted):  # the network was away, its students were not
+        code = supervisor.run()
     if code == EXIT_USER_ERROR and supervisor.failed:
         raise TeacherError(f"teacher {post.index} {supervisor.failed}. Look at its log, {supervisor.log}.")
     if supervisor.failed:
         print(f"teacher {post.index} {supervisor.failed}; the others go on without it", file=sys.stderr, flush=True)
         while wanted():  # a launcher ends the whole run when one of its processes ends badly
             time.sleep(1)
+
+
+def _stays(wanted: Callable[[], bool]) -> bool:
+    if wanted():
+        time.sleep(LEAVE_S)
+    return wanted()
 
 
 class _Wanted:
@@ -121,10 +129,12 @@ class _Wanted:
         self._seen = False
         self._left_at: float | None = None
         self._stop_at: float | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._asked)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._stop_at is not None:  # a person who means it
+            raise KeyboardInterrupt
         self._stop_at = self._stop_at or time.monotonic() + self._grace_s
 
     def __call__(self) -> bool:
@@ -151,8 +161,11 @@ def _in_run(run: RunDirectory, launch: str) -> Callable[[], bool]:
 
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
         try:
             probe.connect(str(path))
+        except BlockingIOError:  # it has not looked for long, but it is there
+            return True
         except OSError:
             return False
     return True

@@ -86,7 +86,7 @@ def serve(loaded: Loaded, post: Post) -> None:
     recipe = loaded.recipe
     use_threads()
     run = RunDirectory(Path(post.run or recipe.directory))
-    if post.run is not None and run.finished() is not None:
+    if post.run is not None and post.launch is None and run.finished() is not None:
         raise RunError(f"{run.path}: finished, so there is nothing to join. Write the directory of a live run.")
     if not wants_service(recipe) or (post.run is None and is_finished(run, recipe)):
         print(f"teacher {post.index}: nothing to serve for {run.path}", flush=True)
@@ -105,7 +105,6 @@ def serve(loaded: Loaded, post: Post) -> None:
             post.log,
         )
         device, teachers = device.partition(",")[0], recipe.teachers
-        stack.callback(pulse.leave)
         server = stack.enter_context(
             TeacherServer(offer, find, scratch, device, teachers.heartbeat_s, teachers.silent_s, pulse)
         )
@@ -114,6 +113,7 @@ def serve(loaded: Loaded, post: Post) -> None:
             teachers.start_s,
             on_first=lambda: _record(run, post.index, device, frozen),
         )
+        pulse.leave()
 
 
 def _say_counts(index: int, counts: Mapping[str, int]) -> None:

@@ -27,6 +27,7 @@ from deltakd.base.errors import PeerLost, RunError
 from deltakd.base.ranks import World
 from deltakd.base.rundir import MODELS, remove, write_json
 from deltakd.data.packing import PackedBatch
+from deltakd.engine.join import says_gone
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
 from deltakd.train.settings import CheckpointsSettings
@@ -108,7 +109,7 @@ class Checkpoints:
             with suppress(OSError):
                 remove(part)
             why = str(error).splitlines()[0][:160]
-            gone = "closed by peer" in why  # a collective that the rank with the real fault did not come to
+            gone = says_gone(error)  # in a collective that the rank with the real fault did not come to
             if gone:
                 why = "another student rank has ended: its own line says why"
             kept = f"that of step {self._newest:,} is kept" if self._newest else "there is none before it"
@@ -190,10 +191,11 @@ def agree(world: World, saved: Saved | None, directory: Path) -> Saved | None:
     return _read(_folder(directory, step)) if step else None
 
 
-def newest_step(directory: Path) -> int:
-    """Return the step of a run's newest checkpoint, whole or not; 0 if it has none."""
-    folders = _folders(directory)
-    return int(folders[0].name.removeprefix(_PREFIX)) if folders else 0
+def last_kept(directory: Path) -> tuple[int, float]:
+    """Return the step of the checkpoint that a run has written last, whole or not, and when; (0, 0.0): none."""
+    kept = [(folder.stat().st_mtime, int(folder.name.removeprefix(_PREFIX))) for folder in _folders(directory)]
+    when, step = max(kept, default=(0.0, 0))
+    return step, when
 
 
 def has_some(directory: Path) -> bool:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,8 +18,9 @@ NUM_NODES = 3
 GPUS = 4  # character devices that nobody opens
 CPUS = 8  # more than there are: real work shares the machine's
 SHARED_MEMORY_MIB = 256
-NEEDED = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+NEEDED = ("setpriv", "slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 DEADLINE_S = 60
+WITH_US = ("setpriv", "--pdeathsig", "KILL")  # a test session that is killed leaves no cluster
 
 CONFIGURATION = """\
 ClusterName={tag}
@@ -176,9 +176,13 @@ class Cluster:
         files = {name: f"{self.folder}/munge.{name}" for name in ("key", "socket", "pid", "log", "seed")}
         options = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         words = [f"--{option}={files[name]}" for option, name in options.items()]
-        self._munged = subprocess.Popen(["munged", "--foreground", "--force", *words], stderr=subprocess.DEVNULL)
+        self._munged = subprocess.Popen(
+            [*WITH_US, "munged", "--foreground", "--force", *words], stderr=subprocess.DEVNULL
+        )
         wait_until(lambda: Path(files["socket"]).exists(), "munged")
-        self._slurmctld = subprocess.Popen(["slurmctld", "-D"], env=self.environment, stderr=subprocess.DEVNULL)
+        self._slurmctld = subprocess.Popen(
+            [*WITH_US, "slurmctld", "-D"], env=self.environment, stderr=subprocess.DEVNULL
+        )
         for node in range(1, NUM_NODES + 1):
             self.boot(node)
         wait_until(lambda: self.states() == ["idle"] * NUM_NODES, "idle nodes")
@@ -189,7 +193,16 @@ class Cluster:
         (self.folder / "spool" / name).mkdir(exist_ok=True)
         script = NODE.format(name=name, folder=self.folder, shm=SHARED_MEMORY_MIB)
         apart = ["--uts", "--ipc", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        command = ["nsenter", f"--net=/run/netns/{self._namespace(node)}", "unshare", *apart, "bash", "-c", script]
+        command = [
+            *WITH_US,
+            "nsenter",
+            f"--net=/run/netns/{self._namespace(node)}",
+            "unshare",
+            *apart,
+            "bash",
+            "-c",
+            script,
+        ]
         with (self.folder / f"console.{name}").open("ab") as console:
             self._inits[node] = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, start_new_session=True
@@ -237,9 +250,3 @@ def wait_until(condition, what: str, deadline_s: float = DEADLINE_S) -> None:
     while not condition():
         assert time.monotonic() < end, f"never: {what}"
         time.sleep(0.1)
-
-
-def alive(pids: list[int]) -> list[int]:
-    with suppress(psutil.NoSuchProcess):
-        return [pid for pid in pids if psutil.pid_exists(pid)]
-    return []
