@@ -79,7 +79,7 @@ tidy() {
         nodes=$(squeue --noheader --jobs "$job" --format %N)  # under --no-kill a lost node is the job's no more
         number=$(scontrol show hostnames "$nodes" | wc -l)
         timeout --kill-after=5 120 srun ${SLURM_HET_SIZE:+--het-group=$group} --nodelist="$nodes" --nodes="$number" \
-            --ntasks="$number" --ntasks-per-node=1 --label --quiet ${container[@]+"${container[@]}"} \
+            --ntasks="$number" --ntasks-per-node=1 --overlap --label --quiet ${container[@]+"${container[@]}"} \
             python -m deltakd tidy || say "/dev/shm of $nodes may not have been swept"
     done
 }

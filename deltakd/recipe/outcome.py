@@ -31,8 +31,8 @@ def outcome(loaded: Loaded, job: str | None, begins: bool, most: int) -> str:
         run.path.mkdir(parents=True, exist_ok=True)
         run.append(ATTEMPTS, {"job": job, "step": step, "kept": kept})
         return f"{run.path}: goes on from step {step}" if step else f"{run.path}: begins with step 1"
-    where = f"it goes on from step {step:,}" if step else "it has kept no step yet"
-    raise Stopped(f"{run.path}: not finished; {where} when it is started again.")
+    where = f"goes on from step {step:,}" if step else "begins with step 1"
+    raise Stopped(f"{run.path}: not finished; it {where} when it is started again.")
 
 
 def _refuse_to_stand_still(run: RunDirectory, job: str, step: int, kept: float, most: int) -> None:

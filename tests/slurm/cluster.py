@@ -216,11 +216,14 @@ class Cluster:
         init.wait()
         psutil.wait_procs(below, timeout=DEADLINE_S)
 
+    def within(self, node: int, *command: str) -> list[str]:
+        """Return a command as it is run within a node, from outside."""
+        (inner,) = psutil.Process(self._inits[node].pid).children()
+        return ["nsenter", f"--target={inner.pid}", "--net", "--uts", "--ipc", "--mount", "--pid", *command]
+
     def on(self, node: int, *command: str) -> "subprocess.CompletedProcess[str]":
         """Run a command within a node."""
-        (inner,) = psutil.Process(self._inits[node].pid).children()
-        enter = ["nsenter", f"--target={inner.pid}", "--net", "--uts", "--ipc", "--mount", "--pid"]
-        return subprocess.run([*enter, *command], capture_output=True, text=True)
+        return subprocess.run(self.within(node, *command), capture_output=True, text=True)
 
     def separate(self, one: int, other: int, again: bool = False) -> None:
         """Cut the way between two nodes; `again`: let them reach each other as before."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import free_port
 from tests.run.running import ZERO_3, curve, same_weights
 from tests.slurm.cluster import NUM_NODES, SHARED_MEMORY_MIB, Cluster, missing, wait_until
 
@@ -97,9 +98,11 @@ class Job:
 
 
 def test_students_and_teachers_on_two_nodes_train_as_on_one(cluster, lab, alone):
+    cluster.on(2, "sh", "-c", "mkdir /dev/shm/deltakd-dead && touch /dev/shm/deltakd-dead/lock")  # of a former job
     job = Job(cluster, lab, "both")
     assert job.ends() == ("COMPLETED", 0), job.said()
     job.is_that_of(alone)
+    assert "/dev/shm/deltakd-dead: removed" in job.said()
     assert job.roles() == [(role, node) for role in ("student", "teacher") for node in ("node1", "node2")]
 
 
@@ -133,6 +136,16 @@ def test_when_a_node_dies_the_job_goes_on_elsewhere_to_the_weights_of_an_undistu
     assert cluster.job(job.number)["NodeList"] == "node[1,3]"
 
 
+@pytest.mark.soak
+def test_when_ranks_die_and_their_node_does_not_the_job_queues_itself_again(cluster, lab, alone):
+    job = Job(cluster, lab, "ranks_lost")
+    job.reaches(5)
+    cluster.on(2, "pkill", "-KILL", "-f", "launchers/train.py")
+    assert job.ends() == ("COMPLETED", 0), job.said()
+    job.is_that_of(alone)
+    assert len(job.lives()) == 2 and "Killed" in job.said()
+
+
 def test_before_the_time_limit_it_keeps_a_checkpoint_and_queues_itself_again(cluster, lab, alone):
     """The signal is sent by hand; that Slurm sends it before the limit: the next."""
     job = Job(cluster, lab, "asked", f"train.steps={STEPS}", "checkpoints.every_steps=null", ZERO_3)
@@ -145,7 +158,7 @@ def test_before_the_time_limit_it_keeps_a_checkpoint_and_queues_itself_again(clu
 
 @pytest.mark.soak
 def test_a_time_limit_is_an_interruption(cluster, lab):
-    options = [*TWO, "--time=1", "--signal=B:USR1@20"]
+    options = [*TWO, "--time=2", "--signal=B:USR1@30"]
     job = Job(cluster, lab, "limited", "train.steps=100000", "checkpoints.every_steps=null", ZERO_3, options=options)
     wait_until(lambda: len(job.lives()) == 2, "another life", LONG_S)
     assert job.lives()[1]["step"] > 0, job.said()
@@ -259,3 +272,28 @@ def test_a_chain_goes_through_the_stages_and_compares_checkpoints(cluster, lab):
         assert all((compared / name).exists() for name in made)
     table = (compared / "table.md").read_text()
     assert "| step-00000001 |" in table and "| step-00000002 |" in table
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_hosts_without_slurm_train_as_one(cluster, lab, alone, launcher, tmp_path):
+    """Each host's launcher is started by hand: these have no ssh, which deepspeed would start the others by."""
+    port = str(free_port())
+    hosts = tmp_path / "hosts.txt"
+    hosts.write_text("node1 slots=2\nnode2 slots=2\n")
+    common = [str(REPOSITORY / "launchers" / "train.py"), "--recipe", str(lab.recipe), f"run=by_{launcher}", *SETTINGS]
+    children = []
+    for rank in range(2):
+        meet = ["--master_addr", "node1", "--master_port", port, "--node_rank", str(rank)]
+        start = {
+            "torchrun": ["torchrun", "--nnodes", "2", "--nproc_per_node", "2", *meet],
+            "deepspeed": ["deepspeed", "--hostfile", str(hosts), "--no_ssh", *meet],
+        }[launcher]
+        environment = {**lab.environment(), "DELTAKD_LAUNCH": f"by-hand-{launcher}"}
+        with (tmp_path / f"{rank}.log").open("wb") as log:
+            command = cluster.within(rank + 1, *start, *common)
+            children.append(subprocess.Popen(command, cwd=lab.folder, env=environment, stdout=log, stderr=log))
+    codes = [child.wait(LONG_S) for child in children]
+    assert codes == [0, 0], "".join((tmp_path / f"{rank}.log").read_text()[-3000:] for rank in range(2))
+    assert curve(lab.lines(f"by_{launcher}", "steps.jsonl")) == alone
+    assert same_weights(lab, f"by_{launcher}", "alone_on_one_node")
