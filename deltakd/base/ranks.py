@@ -107,6 +107,21 @@ def assign_role(placement: Placement, teachers_per_node: int, external_teachers:
     return Role(kind, rank, num_students, index, num_local_students, teachers_per_node, False)
 
 
+_GONE = (
+    "closed by peer",
+    "reset by peer",
+    "Broken pipe",
+    "pair closure",
+    "NCCL communicator was aborted",
+    "ncclRemoteError",
+)
+
+
+def says_gone(error: Exception) -> bool:
+    """Tell whether a collective failed because another rank has gone."""
+    return any(words in str(error) for words in _GONE)
+
+
 class World(Protocol):
     """The students of a run, as far as the loop needs them."""
 

@@ -11,17 +11,8 @@ import torch
 import torch.distributed
 
 from deltakd.base.errors import EXIT_LOST, PeerLost, RunError
-from deltakd.base.ranks import Role, TorchWorld
+from deltakd.base.ranks import Role, TorchWorld, says_gone
 from deltakd.engine.protocol import device_name
-
-_GONE = (
-    "closed by peer",
-    "reset by peer",
-    "Broken pipe",
-    "pair closure",
-    "NCCL communicator was aborted",
-    "ncclRemoteError",
-)
 
 
 def join_students(role: Role, meet_s: float) -> TorchWorld:
@@ -90,11 +81,6 @@ def by_first_rank(rank: int, device: str, work: Callable[[], None]) -> None:
         raise fault
     if failed:
         raise PeerLost("another student rank cannot go on. Its own line says why.")
-
-
-def says_gone(error: Exception) -> bool:
-    """Tell whether a collective failed because another rank has gone."""
-    return any(words in str(error) for words in _GONE)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
+from deltakd.base.ranks import says_gone
 from deltakd.models.attention import DOCUMENTS, register_documents
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
@@ -45,6 +46,8 @@ def _one_sentence(where: str, weights: str) -> Iterator[None]:
     except ModelError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError) as error:
+        if says_gone(error):  # weights that are shared out while they are read
+            raise
         reason = str(error).strip().split("\n")[0].rstrip(".")
         raise ModelError(
             f"{where}: {weights} cannot be loaded ({type(error).__name__}: {reason[:200]}). "

@@ -24,10 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deltakd.base.errors import PeerLost, RunError
-from deltakd.base.ranks import World
+from deltakd.base.ranks import World, says_gone
 from deltakd.base.rundir import MODELS, remove, write_json
 from deltakd.data.packing import PackedBatch
-from deltakd.engine.join import says_gone
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
 from deltakd.train.settings import CheckpointsSettings

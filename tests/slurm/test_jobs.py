@@ -191,24 +191,27 @@ def test_a_job_of_higher_priority_only_interrupts(cluster, lab, alone):
 
 @pytest.mark.soak
 def test_a_node_without_room_in_shared_memory_ends_the_job_with_one_sentence(cluster, lab):
-    cluster.on(2, "sh", "-c", f"head -c {SHARED_MEMORY_MIB - 1}M /dev/zero > /dev/shm/full")
+    cluster.on(2, "sh", "-c", f"head -c {SHARED_MEMORY_MIB + 1}M /dev/zero > /dev/shm/full")
     try:
-        job = Job(cluster, lab, "full", "data.max_tokens=8192", *SETTINGS)
+        job = Job(cluster, lab, "full")
         assert job.ends() == ("FAILED", 2), job.said()
     finally:
         cluster.on(2, "rm", "/dev/shm/full")
-    assert "/dev/shm" in job.said().splitlines()[-1], job.said()
+    (said,) = (line for line in job.said().splitlines() if line.startswith("deltakd") and "/dev/shm" in line)
+    assert "0.0 MiB are free" in said
     assert len(job.lives()) == 1 and not job.steps()
 
 
 @pytest.mark.soak
 def test_nodes_that_cannot_reach_each_other_end_the_job_when_it_has_come_no_further(cluster, lab):
-    cluster.separate(1, 2)
+    """Slurm's own node reaches both: it starts the ranks, and they do not meet."""
+    cluster.separate(2, 3)
     try:
-        job = Job(cluster, lab, "unreachable", "train.steps=5", "engine={name: deepspeed, meet_s: 15}")
+        settings = ["train.steps=5", "engine={name: deepspeed, meet_s: 15}"]
+        job = Job(cluster, lab, "unreachable", *settings, options=["--nodes=3", *TWO[1:]])
         assert job.ends() == ("FAILED", 2), job.said()
     finally:
-        cluster.separate(1, 2, again=True)
+        cluster.separate(2, 3, again=True)
     assert "have not met" in job.said() and "3 lives in a row" in job.said()
 
 
