@@ -44,11 +44,12 @@ def join_students(role: Role, meet_s: float) -> TorchWorld:
     try:
         torch.distributed.init_process_group("gloo" if device == "cpu" else "nccl")
         torch.distributed.barrier()  # nccl connects at its first use
-    except torch.distributed.DistNetworkError as error:
+    except RuntimeError as error:  # a port that is taken, a host that nobody reaches
         kind = RunError if "EADDRINUSE" in str(error) or "in use" in str(error) else PeerLost
         raise kind(
             f"launch: the students cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`."
+            f"({str(error).splitlines()[0][:120]}). Start with another port, as `deepspeed --master_port PORT ...`, "
+            "or look whether the hosts reach each other."
         ) from error
     finally:
         giving_up.cancel()
