@@ -189,7 +189,7 @@ def guarded(life: Callable[[], None]) -> int:
     """Live a process's life; a fault that its reader can act on becomes one sentence and exit code 2."""
     end_with_launchers()
     if PULSE in os.environ:  # our supervisor knows when we may leave: a signal to all processes of a job is not for us
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
     for library in ("torchao", "torch.utils._pytree"):  # transformers imports torchao, which warns of kernels not ours
         logging.getLogger(library).setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Start teacher ranks and student ranks of a recipe on this machine, without deepspeed's launcher:
-#   launchers/local.sh quickstart [STUDENTS] [TEACHERS] [key.sub=value ...]
+#   launchers/local.sh quickstart [STUDENTS] [TEACHERS] [--resume] [key.sub=value ...]
 # With no teachers (0) a single student starts one beside itself; several need references.from=in_process or cache.
 # Every rank's output is in the terminal; the first one that fails ends all, and Ctrl-C does too.
 set -u
@@ -22,12 +22,14 @@ teaching=()
 [ "$teachers" -gt 0 ] && teaching=(--external-teachers teachers.per_node="$teachers")
 export DELTAKD_LAUNCHERS=$$  # ranks end with this script, even if it is gone before they look for it
 
+for_teachers=()
+for word in "$@"; do [ "$word" = --resume ] || for_teachers+=("$word"); done
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null; wait' EXIT
 trap 'exit 130' INT TERM
 for ((index = 0; index < teachers; index++)); do
     "$python" "$here/teacher.py" --recipe "$recipe" --launch "$launch" --index "$index" --students "$students" \
-        --device "cuda:$((students + index))" teachers.per_node="$teachers" "$@" &
+        --device "cuda:$((students + index))" teachers.per_node="$teachers" ${for_teachers[@]+"${for_teachers[@]}"} &
     pids+=($!)
 done
 for ((rank = 0; rank < students; rank++)); do

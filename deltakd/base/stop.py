@@ -1,4 +1,4 @@
-"""A run is asked to stop: by SIGTERM, SIGUSR1 or Ctrl-C, or because a launcher above it has gone.
+"""A run is asked to stop: by SIGTERM, SIGUSR1, Ctrl-C or a closed terminal, or since a launcher above it has gone.
 
 Whoever is asked finishes what cannot be cut, keeps its state and leaves with exit code 75, within a grace period. The
 period runs in a thread that a signal reaches through a pipe, so a process that hangs in a collective ends as well.
@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from deltakd.base.errors import EXIT_STOPPED
 from deltakd.base.processes import EXIT_ORPHANED, outlive_parent, when_orphaned
 
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -32,12 +32,13 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
-        self._before = {number: signal.signal(number, self._noted) for number in ASKING}
+        heard = [number for number in ASKING if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores one
+        self._before = {number: signal.signal(number, self._noted) for number in heard}
         # Python's own handler waits for the main thread, which a dead peer can keep in C++ for ever; this does not.
         self._former = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=(reading,), name="stop", daemon=True).start()
         outlive_parent()  # which a group's signal ends before our grace is over; the watcher of launchers stays
-        when_orphaned(lambda: self.ask("its launcher has ended", EXIT_ORPHANED))
+        when_orphaned(lambda: self.ask("the end of its launcher", EXIT_ORPHANED))
         return self
 
     def __exit__(

@@ -46,6 +46,9 @@ def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
     console = Console(stderr=True)
     run = RunDirectory(Path(loaded.recipe.root) / run_name)
     folders = sorted((run.path / MODELS).glob("step-*[0-9]"))
+    if not run.path.is_dir():
+        there = sorted(path.parent.name for path in Path(loaded.recipe.root).glob("*/steps.jsonl"))
+        raise RunError(f"{run.path}: there is no such run. Write --run with one of {', '.join(there) or 'none yet'}.")
     if not folders or (only is not None and not 1 <= only <= len(folders)):
         raise RunError(
             f"{run.path / MODELS}: {len(folders)} models are kept there"
@@ -54,7 +57,8 @@ def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
     settings = CompareSettings(models={one.name: str(one) for one in folders}, baseline=folders[0].name)
     if only is None:
         evaluate(loaded, run_name, settings, run.path / "evaluation", console)
-        return (run.path / "evaluation" / "table.md").read_text()
+        folder = run.path / "evaluation"
+        return f"{(folder / 'table.md').read_text()}\nResults: {folder}/results.json, answers in {folder}/predictions/"
     one = settings.model_copy(update={"models": {folders[only - 1].name: str(folders[only - 1])}})
     _score_all(loaded, run_name, one, run.path / "evaluation", console)
     return f"{folders[only - 1].name}: scored"

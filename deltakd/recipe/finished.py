@@ -39,6 +39,12 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
         folder = Path(model.weights).expanduser()
         if folder.is_dir() and identity(folder, model.load_in_8bit) != before:
             changes.append(f"{role_key(role)}: {folder} has been made anew since")
+    more_steps = finished["steps"] < recipe.train.steps and not run.changes(text, CHANGEABLE, _complete)
+    if changes and more_steps and not has_some(run.path):
+        raise RunError(
+            f"{run.path}: finished after {finished['steps']:,} steps, and no checkpoint is left to go on from to "
+            f"{recipe.train.steps:,}. Write run=... with another name, or remove the folder to begin anew."
+        )
     if changes:
         raise RunError(
             f"{run.path}: finished with another recipe ({'; '.join(changes[:3])}). "

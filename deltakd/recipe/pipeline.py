@@ -131,6 +131,10 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
         )
     try:
         _follow(process, directory, stage, recipe.train.steps, console)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise _failure(stage, log, EXIT_STOPPED) from None
     finally:
         # Interrupted: its ranks keep their state and end, whether they hear of it or only miss their launcher.
         process.terminate()

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from deltakd.losses.settings import needed_references
 from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.schema import Recipe, StageSettings
@@ -25,7 +26,10 @@ def describe_stages(name: str, overrides: Sequence[str]) -> str:
 def _reads(recipe: Recipe, stage: StageSettings, loaded: Loaded | None) -> Any:
     """Return the settings that may name another stage's folder."""
     if loaded is not None:
-        return loaded.recipe.model_dump(mode="json", include={"models", "data"})
+        trained = loaded.recipe
+        needed = needed_references(trained.objective) if trained.references.source != "cache" else ()
+        models = [model.weights for role, model in trained.models.roles.items() if role == "student" or role in needed]
+        return [models, trained.model_dump(mode="json", include={"data"})]
     own = stage.model_dump(mode="json")
     if stage.tokenizer is not None and stage.tokenizer.files is None:
         return [own, recipe.data.train.path]

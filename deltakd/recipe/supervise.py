@@ -24,6 +24,7 @@ from deltakd.base.errors import EXIT_USER_ERROR, TeacherError
 from deltakd.base.processes import launch_identity
 from deltakd.base.rundir import SERVICE, RunDirectory, write_text
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
+from deltakd.base.stop import ASKING
 from deltakd.base.supervisor import Supervisor
 from deltakd.losses.settings import needed_references
 from deltakd.recipe.load import Loaded, dump_recipe
@@ -129,8 +130,9 @@ class _Wanted:
         self._seen = False
         self._left_at: float | None = None
         self._stop_at: float | None = None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._asked)
+        for number in ASKING:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._asked)
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._stop_at is not None:  # a person who means it

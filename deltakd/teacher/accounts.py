@@ -63,7 +63,8 @@ class Accounts:
         else:
             factor = needed / max(1, num_teachers)
             todo = f"they are short by a factor of {factor:.1f}, {math.ceil(needed)} would do"
+        ranks = "rank" if num_teachers == 1 else "ranks"
         return (
             f"references: {self._waited_s / whole:.0%} of the time went into waiting. For each second of the students' "
-            f"work teachers computed {needed:.2f} s ({each}) on {num_teachers} ranks: {todo}."
+            f"work teachers computed {needed:.2f} s ({each}) on {num_teachers} {ranks}: {todo}."
         )

@@ -250,6 +250,8 @@ def _damage(folder: Path) -> str | None:
         for name, expected in sums.items():
             if _sum(folder / name) != expected:
                 return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None

@@ -43,5 +43,5 @@ def test_its_exit_code_is_what_the_run_wrote(lab, capsys):
 def test_stages_name_what_they_read(capsys):
     assert main(["stages", "ultrachat"]) == 0
     needs = {line.split()[0]: line.split()[2] for line in capsys.readouterr().out.splitlines()}
-    assert needs["teacher"] == "-" and needs["delta"] == "teacher"
+    assert needs["teacher"] == needs["sft"] == "-" and needs["forward_kl"] == needs["delta"] == "teacher"
     assert needs["evaluation"] == "teacher,sft,forward_kl,delta"
