@@ -38,7 +38,7 @@ types: install-dev
 	$(BIN)/mypy
 
 test: lint types
-	$(BIN)/python -m pytest -m "not soak" -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder tests/run tests
+	$(BIN)/python -m pytest -m "not soak" -n 3 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder tests/slurm tests/run tests
 
 soak: install-dev
 	$(BIN)/python -m pytest -m soak

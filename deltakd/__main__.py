@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from deltakd.base.errors import DeltaKDError, PeerLost
 from deltakd.base.processes import end_with_launchers
@@ -64,6 +64,19 @@ def parser() -> argparse.ArgumentParser:
         "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
     )
     verb("stages", "list the stages of the recipe's pipeline, what each makes and which it needs")
+    _add_job_verbs(verbs, verb)
+    watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
+    watch.add_argument("directory", metavar="RUN", help="a run's directory")
+    watch.add_argument("--once", action="store_true", help="print it once")
+    serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
+    add_teacher_options(serve)
+    verbs.add_parser("shard")  # a worker of a teacher in several processes, which starts it; no verb of a user's
+    add_bench(verbs)
+    return main
+
+
+def _add_job_verbs(verbs: Any, verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add what job scripts ask: slurm/job.sh and slurm/submit.sh."""
     compare = verb("compare", "score the models that a run kept with its checkpoints, and print their table")
     compare.add_argument("--run", required=True, metavar="NAME", help="the run's folder under root, as `delta`")
     compare.add_argument("--only", type=int, metavar="N", help="score the Nth alone; the table comes without --only")
@@ -73,14 +86,6 @@ def parser() -> argparse.ArgumentParser:
     outcome.add_argument("--begins", action="store_true", help="the job gives the run another life now")
     outcome.add_argument("--most", type=int, default=3, metavar="N", help="lives without progress; default: 3")
     verbs.add_parser("tidy", help="remove what dead runs have left in this node's shared memory")
-    watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
-    watch.add_argument("directory", metavar="RUN", help="a run's directory")
-    watch.add_argument("--once", action="store_true", help="print it once")
-    serve = verb("serve", "serve the recipe's frozen models as one teacher rank")
-    add_teacher_options(serve)
-    verbs.add_parser("shard")  # a worker of a teacher in several processes, which starts it; no verb of a user's
-    add_bench(verbs)
-    return main
 
 
 def add_teacher_options(command: argparse.ArgumentParser) -> None:
@@ -147,7 +152,28 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.caching import cache
 
         cache(options.recipe, options.overrides, options.stage, options.students)
-    elif options.verb == "compare":
+    elif options.verb in ("compare", "outcome", "stages", "tidy"):
+        _dispatch_for_jobs(options)
+    elif options.verb == "serve":
+        from deltakd.recipe.load import load
+        from deltakd.recipe.teachers import serve
+
+        serve(load(options.recipe, options.overrides, options.stage), post(options))
+    elif options.verb == "shard":
+        from deltakd.teacher.shards import serve_shard
+
+        serve_shard(sys.stdin.buffer)
+    else:
+        from deltakd.recipe import pipeline
+
+        if options.verb == "run":
+            pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
+        else:
+            pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
+
+
+def _dispatch_for_jobs(options: argparse.Namespace) -> None:
+    if options.verb == "compare":
         from deltakd.recipe.evaluation import compare_checkpoints
         from deltakd.recipe.load import load
 
@@ -167,22 +193,6 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.stages import describe_stages
 
         print(describe_stages(options.recipe, options.overrides))
-    elif options.verb == "serve":
-        from deltakd.recipe.load import load
-        from deltakd.recipe.teachers import serve
-
-        serve(load(options.recipe, options.overrides, options.stage), post(options))
-    elif options.verb == "shard":
-        from deltakd.teacher.shards import serve_shard
-
-        serve_shard(sys.stdin.buffer)
-    else:
-        from deltakd.recipe import pipeline
-
-        if options.verb == "run":
-            pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
-        else:
-            pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
 
 
 def guarded(life: Callable[[], None]) -> int:

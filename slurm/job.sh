@@ -76,7 +76,9 @@ tidy() {
     local group job nodes number
     for group in $(seq 0 $((${SLURM_HET_SIZE:-1} - 1))); do
         job=$SLURM_JOB_ID${SLURM_HET_SIZE:++$group}
-        nodes=$(squeue --noheader --jobs "$job" --format %N)  # under --no-kill a lost node is the job's no more
+        # Asked anew: under --no-kill a lost node is the job's no more.
+        nodes=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%i %N" | awk -v job="$job" '$1 == job {print $2}')
+        nodes=${nodes:-$SLURM_JOB_NODELIST}  # a task of an array has an id of its own there
         number=$(scontrol show hostnames "$nodes" | wc -l)
         timeout --kill-after=5 120 srun ${SLURM_HET_SIZE:+--het-group=$group} --nodelist="$nodes" --nodes="$number" \
             --ntasks="$number" --ntasks-per-node=1 --overlap --label --quiet ${container[@]+"${container[@]}"} \

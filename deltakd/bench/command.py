@@ -1,6 +1,7 @@
 """The `bench` verb: its options, and what each measurement is started with. Imports no torch."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def add_bench(verbs: Any) -> None:
     variants.add_argument("--alphas", default="0.25,0.5,1.0", help="default 0.25,0.5,1.0")
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
+    _add_of_shapes(kind)
+
+
+def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the measurements that make their models themselves."""
     step = kind("step", "bench/step.json")
     step.add_argument("--shape", choices=list(PAIRS), default="small", help="of student and teacher; default small")
     step.add_argument("--data", help="rows with messages: a file or pattern; default: the quickstart's world")
@@ -84,6 +90,9 @@ def run_bench(options: argparse.Namespace) -> None:
         template = Case("deltakd", **sizes, chunk_tokens=options.chunk_tokens, repeats=options.repeats)
         losses.bench(template, options.dtypes.split(","), options.only.split(","), options.out)
         return
+    if options.measurement in ("variants", "payloads"):
+        _run_of_recipe(options)
+        return
     if options.measurement == "growth":
         from deltakd.bench import growth
 
@@ -104,7 +113,9 @@ def run_bench(options: argparse.Namespace) -> None:
         from deltakd.bench import transport
 
         transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
-        return
+
+
+def _run_of_recipe(options: argparse.Namespace) -> None:
     from deltakd.base.processes import use_threads
     from deltakd.recipe.checks import check_every_stage
     from deltakd.recipe.load import load

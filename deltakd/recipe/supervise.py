@@ -29,7 +29,6 @@ from deltakd.base.supervisor import Supervisor
 from deltakd.losses.settings import needed_references
 from deltakd.recipe.load import Loaded, dump_recipe
 from deltakd.recipe.schema import Recipe
-from deltakd.teacher.addresses import remote_addresses
 
 LEAVE_S = 10.0  # how long a teacher may take to leave after its last student
 
@@ -158,6 +157,8 @@ def _on_this_node(launch: str) -> Callable[[], bool]:
 
 def _in_run(run: RunDirectory, launch: str) -> Callable[[], bool]:
     """Return what tells whether a run has students of this launch that teachers of other nodes may join."""
+    from deltakd.teacher.addresses import remote_addresses
+
     return lambda: any(address.launch == launch for address in remote_addresses(run.path / SERVICE))
 
 

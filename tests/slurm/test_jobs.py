@@ -38,8 +38,8 @@ class Job:
     """A training as a job of two nodes with a student and a teacher each, unless its options say otherwise."""
 
     def __init__(self, cluster, lab, name, *settings, options=(), variables=None):
-        self.cluster, self.lab, self.name = cluster, lab, name
-        self.directory, self.log = lab.folder / "runs" / name, lab.folder / f"{name}.log"
+        self.cluster, self.lab, self.name = cluster, lab, f"job_{name}"
+        self.directory, self.log = lab.folder / "runs" / self.name, lab.folder / f"{self.name}.log"
         self.settings = settings or SETTINGS
         self.number = self.submit(*(options or TWO), variables=variables)
 
@@ -114,6 +114,7 @@ def test_teachers_on_their_own_node_answer_over_the_network(cluster, lab, alone)
     assert job.ends() == ("COMPLETED", 0), job.said()
     job.is_that_of(alone)
     assert job.roles() == [("student", "node1"), ("student", "node2"), ("teacher", "node3")]
+    assert "may not have been swept" not in job.said()
 
 
 @pytest.mark.parametrize("options", [[], pytest.param(["--no-kill"], marks=pytest.mark.soak)], ids=["", "no kill"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deltakd.base.errors import RunError, Stopped, TeacherError
+from deltakd.base.errors import PeerLost, RunError, Stopped, TeacherError
 from deltakd.base.ranks import SoloWorld
 from deltakd.engine.protocol import Optimizer
 from deltakd.engine.single import SingleEngine
@@ -144,10 +144,10 @@ def failing(error):
     [
         (0, 0, None, None, None),
         (1, 0, None, None, (Stopped, "a signal to another rank")),
-        (0, 1, None, None, (RunError, "another student rank")),
+        (0, 1, None, None, (PeerLost, "another student rank")),
         (0, 0, None, "SIGTERM", (Stopped, "stopped by SIGTERM")),
         (1, 0, TeacherError("gone"), None, (TeacherError, "gone")),
-        (0, 1, Stopped("waited"), "SIGTERM", (RunError, "another student rank")),
+        (0, 1, Stopped("waited"), "SIGTERM", (PeerLost, "another student rank")),
     ],
 )
 def test_all_ranks_leave_together_and_a_fault_is_never_taken_for_a_wish(asked, failed, mine, reason, expected):
