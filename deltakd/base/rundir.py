@@ -16,7 +16,8 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
+
+
+def _that_writes(method: Callable[..., None]) -> Callable[..., None]:
+    """Turn what a full or read-only disk says into one sentence."""
+
+    @wraps(method)
+    def writing(run: "RunDirectory", *arguments: Any) -> None:
+        try:
+            method(run, *arguments)
+        except OSError as error:
+            raise RunError(
+                f"{run.path}: cannot be written ({error.strerror}). Free space or rights and start the same "
+                "command again."
+            ) from error
+
+    return writing
 
 
 class RunDirectory:
@@ -104,6 +121,7 @@ class RunDirectory:
                 "Write root=... with a folder that can."
             ) from error
 
+    @_that_writes
     def start(self, recipe_text: str, facts: Mapping[str, Any]) -> None:
         """Clear what an unfinished run left and write who runs now, and by which recipe."""
         for name in (
@@ -120,6 +138,7 @@ class RunDirectory:
         write_text(self.path / "recipe.yaml", recipe_text)
         write_json(self.path / "run.json", {**machine_facts(), **facts})
 
+    @_that_writes
     def go_on(self, recipe_text: str, step: int, validated: int) -> None:
         """Take back what was written after a checkpoint's step, and note that the run goes on from there.
 
@@ -171,7 +190,11 @@ class RunDirectory:
         path = self.path / name
         if not path.exists():
             return []
-        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        lines = []
+        for line in path.read_text().splitlines(keepends=True):
+            with suppress(ValueError):  # torn by a node that died
+                lines.append(json.loads(line if line.endswith("\n") else ""))
+        return lines
 
     def last_line(self, name: str) -> dict[str, Any] | None:
         """Read the last whole line of a .jsonl file; costs the same however long the file is."""
@@ -198,6 +221,7 @@ class RunDirectory:
             os.close(lock)
         return False
 
+    @_that_writes
     def finish(self, facts: Mapping[str, Any]) -> None:
         """Mark the run as successful."""
         write_json(self.path / FINISHED, {"finished": timestamp(), **facts})
@@ -206,10 +230,13 @@ class RunDirectory:
         """Return what `finish` wrote, or None."""
         path = self.path / FINISHED
         try:
-            return dict(json.loads(path.read_text()))
+            facts = dict(json.loads(path.read_text()))
+            if "inputs" in facts:
+                facts["steps"] += 0
+            return facts
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, TypeError, KeyError) as error:
             raise RunError(f"{path}: not what a run writes ({error}). Remove the folder {self.path}.") from error
 
     def changes(

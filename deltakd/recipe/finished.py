@@ -35,7 +35,9 @@ def is_finished(run: RunDirectory, recipe: Recipe) -> bool:
     ):
         return False  # it shall go on for more steps
     for role, before in finished["inputs"].items():
-        model = recipe.models.roles[role]
+        model = recipe.models.roles.get(role)
+        if model is None:  # another recipe, as the changes say
+            continue
         folder = Path(model.weights).expanduser()
         if folder.is_dir() and identity(folder, model.load_in_8bit) != before:
             changes.append(f"{role_key(role)}: {folder} has been made anew since")

@@ -75,6 +75,9 @@ def _finish(run: RunDirectory, inputs: Inputs, parts: TrainParts, last_step: int
     """Export the model and mark the run as successful."""
     recipe = inputs.recipe
     best = run.best_step if parts.validation is not None else 0  # what lies there: a life before may have found it
+    if best > last_step:  # of a life that went further and was told to go less far
+        print(f"{run.best}: of step {best}, which this run no longer has; the last model is exported", flush=True)
+        best = 0
     takes_best = bool(best) and recipe.validation.export == "best"
     if not takes_best:
         parts.engine.save(run.export, inputs.tokenizer)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from deltakd.base.errors import EXIT_USER_ERROR, TeacherError
+from deltakd.base.errors import EXIT_USER_ERROR, Stopped, TeacherError
 from deltakd.base.processes import launch_identity
 from deltakd.base.rundir import SERVICE, RunDirectory, write_text
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
@@ -105,6 +105,8 @@ def supervise(loaded: Loaded, post: Post) -> None:
     post = replace(post, index=index, launch=launch)
     supervisor = _supervisor(recipe, run, post, wanted)
     code = supervisor.run()
+    if wanted.asked_in_vain:
+        raise Stopped(f"teacher {post.index}: stopped by a signal before a student came.")
     while code == 0 and post.run is not None and _stays(wanted):  # the network was away, its students were not
         code = supervisor.run()
     if code == EXIT_USER_ERROR and supervisor.failed:
@@ -137,6 +139,11 @@ class _Wanted:
         if number == signal.SIGINT and self._stop_at is not None:  # a person who means it
             raise KeyboardInterrupt
         self._stop_at = self._stop_at or time.monotonic() + self._grace_s
+
+    @property
+    def asked_in_vain(self) -> bool:
+        """Whether it was asked to stop before a student was there: the launcher must not take that for success."""
+        return self._stop_at is not None and not self._seen
 
     def __call__(self) -> bool:
         now = time.monotonic()

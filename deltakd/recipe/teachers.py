@@ -3,7 +3,7 @@
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -65,7 +65,12 @@ def open_service(
     service = run.path / SERVICE if teachers.network else None
     members = stack.enter_context(Members(front, teachers.silent_s, service, teachers.host))
     path = run.path / STATUS / f"student-{role.rank}.json"
-    return Service(members, arena, failed, lambda status: write_json(path, status))
+
+    def show(status: object) -> None:
+        with suppress(OSError):  # a disk that is full: what is trained says so
+            write_json(path, status)
+
+    return Service(members, arena, failed, show)
 
 
 def _others_will_say() -> str | None:

@@ -218,7 +218,7 @@ def _folder(directory: Path, step: int) -> Path:
 
 def _folders(directory: Path) -> list[Path]:
     """Return checkpoints, whole or damaged, newest first."""
-    found = [path for path in (directory / FOLDER).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    found = [path for path in (directory / FOLDER).glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(found, reverse=True)
 
 
