@@ -63,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
     )
-    verb("stages", "list the stages of the recipe's pipeline, what each makes and which it needs")
     _add_job_verbs(verbs, verb)
     watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")
@@ -77,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_job_verbs(verbs: Any, verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add what job scripts ask: slurm/job.sh and slurm/submit.sh."""
+    verb("stages", "list the stages of the recipe's pipeline, what each makes and which it needs")
     compare = verb("compare", "score the models that a run kept with its checkpoints, and print their table")
     compare.add_argument("--run", required=True, metavar="NAME", help="the run's folder under root, as `delta`")
     compare.add_argument("--only", type=int, metavar="N", help="score the Nth alone; the table comes without --only")

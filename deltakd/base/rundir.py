@@ -193,7 +193,8 @@ class RunDirectory:
         lines = []
         for line in path.read_text().splitlines(keepends=True):
             with suppress(ValueError):  # torn by a node that died
-                lines.append(json.loads(line if line.endswith("\n") else ""))
+                if line.endswith("\n"):
+                    lines.append(json.loads(line))
         return lines
 
     def last_line(self, name: str) -> dict[str, Any] | None:
@@ -231,12 +232,12 @@ class RunDirectory:
         path = self.path / FINISHED
         try:
             facts = dict(json.loads(path.read_text()))
-            if "inputs" in facts:
-                facts["steps"] += 0
+            if "inputs" in facts and not isinstance(facts.get("steps"), int):
+                raise ValueError("no number of steps")
             return facts
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError) as error:
             raise RunError(f"{path}: not what a run writes ({error}). Remove the folder {self.path}.") from error
 
     def changes(
