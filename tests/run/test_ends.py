@@ -1,6 +1,7 @@
 """However a run ends, nothing of it stays: no process, no file in shared memory, no half-written export."""
 
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def test_a_launcher_killed_while_its_ranks_still_start_leaves_none_of_them(lab, 
     launcher.wait()
     _, alive = psutil.wait_procs(descendants, timeout=DEADLINE_S)
     assert not alive, [cmdline(process) for process in alive]
+
+
+def test_a_teacher_that_is_asked_to_leave_before_a_student_came_is_no_success(lab):
+    """Its launcher would take exit code 0 for that, and the students would wait for a teacher."""
+    running = Running(lab, "asked_early", ranks=2)
+    wait_until(lambda: list((running.directory / "logs").glob("teacher-*.yaml")), "a teacher's recipe")
+    (teacher,) = (one.pid for one in running.family() if any(Path(word).name == "teacher.py" for word in cmdline(one)))
+    assert running.is_sent(signal.SIGTERM, teacher) == 75
+    assert "stopped by a signal before a student came" in running.log.read_text()
 
 
 def test_a_run_directory_in_use_is_refused_and_the_live_run_goes_on(lab):
