@@ -24,6 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from deltakd.base.machine import machine_facts
+from deltakd.teacher.addresses import new_context
 from deltakd.teacher.arena import Arena, slot_bytes_for
 from deltakd.teacher.messages import Score, Scored, decode, encode
 
@@ -100,7 +101,7 @@ def _endpoint(way: str, folder: Path) -> str:
 
 @contextmanager
 def _router(endpoint: str, secret: bytes | None = None) -> Iterator["zmq.Socket[bytes]"]:
-    context = zmq.Context()
+    context = new_context()
     router = context.socket(zmq.ROUTER)
     if secret is not None:
         router.curve_server, router.curve_secretkey = True, secret
@@ -233,7 +234,7 @@ def _answer(way: str, folder: Path, num_bytes: int) -> None:
                 connection.sendall(renew(number).numpy().data)
                 number += 1
         return
-    context = zmq.Context()
+    context = new_context()
     dealer = context.socket(zmq.DEALER)
     if way == "keys":
         dealer.curve_serverkey = (folder / "key").read_bytes()

@@ -22,6 +22,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from deltakd.base.errors import RunError
 
 DOMAIN = "deltakd"  # of ZeroMQ's authentication
+LINGER_MS = 1000  # that a closed socket goes on trying to deliver what it holds
 
 
 class Address(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -49,6 +50,17 @@ class Keys:
 def make_keys() -> Keys:
     """Draw new keys."""
     return Keys(*zmq.curve_keypair(), *zmq.curve_keypair())
+
+
+def new_context() -> "zmq.Context[zmq.Socket[bytes]]":
+    """Make the context of one thread's sockets, which all give up at last once they are closed.
+
+    That is set here and not at a socket, since a bound one hands on to every connection what was set before it was
+    bound: by ZeroMQ's default a connection whose peer dies while we close would keep `term` waiting for ever.
+    """
+    context = zmq.Context()
+    context.linger = LINGER_MS
+    return context
 
 
 def local_socket(scratch: Path, rank: int) -> Path:
@@ -153,7 +165,6 @@ def new_identity() -> bytes:
 def connect(context: "zmq.Context[zmq.Socket[bytes]]", address: Address, identity: bytes) -> "zmq.Socket[bytes]":
     """Open a socket to a student rank."""
     dealer = context.socket(zmq.DEALER)
-    dealer.linger = 1000
     dealer.identity = identity
     if address.server_key:
         dealer.curve_serverkey = address.server_key.encode()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from deltakd.teacher.addresses import Address, connect, new_identity
+from deltakd.teacher.addresses import Address, connect, new_context, new_identity
 from deltakd.teacher.messages import Alive, encode
 
 
@@ -35,7 +35,7 @@ class Heart:
         self._new.append((address, member))
 
     def _live(self) -> None:
-        context = zmq.Context()
+        context = new_context()
         sockets = []
         while not self._ended.wait(self.every_s):
             while self._new:

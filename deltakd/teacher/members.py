@@ -25,6 +25,7 @@ from deltakd.teacher.addresses import (
     listen,
     local_socket,
     make_keys,
+    new_context,
     own_host,
     remove_address,
     write_address,
@@ -101,7 +102,7 @@ class Members:
         self._members: dict[bytes, Member] = {}
         self._lost: list[Member] = []  # that have said so
         self._looked = 0.0  # when the others were last looked after
-        self._context = zmq.Context()
+        self._context = new_context()
         self._path = local_socket(front.scratch, front.rank)
         self._path.unlink(missing_ok=True)
         self._local = self._context.socket(zmq.ROUTER)
@@ -113,7 +114,6 @@ class Members:
         if service is not None:
             self._listen_on_network(service, host)
         for socket in self._sockets:
-            socket.linger = 1000
             socket.router_mandatory = True  # a teacher that is gone is an error to us, not silence
 
     def _listen_on_network(self, service: Path, host: str | None) -> None:

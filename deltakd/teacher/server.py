@@ -24,7 +24,7 @@ from torch import Tensor
 
 from deltakd.base.errors import DeltaKDError, RunError, TeacherError
 from deltakd.models.forward import TokenBatch
-from deltakd.teacher.addresses import Address, connect, new_identity
+from deltakd.teacher.addresses import Address, connect, new_context, new_identity
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.heart import Heart
 from deltakd.teacher.messages import (
@@ -91,7 +91,7 @@ class TeacherServer:
         self.counts: Counter[str] = Counter()
         self._offer, self._find, self._scratch, self._device = offer, find, scratch, device
         self._silent_s = silent_s
-        self._context = zmq.Context()
+        self._context = new_context()
         self._seats: dict[Address, Seat] = {}
         self._stopped = threading.Event()
         self._heart = Heart(heartbeat_s, pulse)

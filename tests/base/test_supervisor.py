@@ -12,7 +12,7 @@ from deltakd.base.supervisor import pulse_from_environment
 pulse = pulse_from_environment()
 pulse()
 {}
-time.sleep(3)
+time.sleep(4)
 """
 
 
@@ -20,6 +20,6 @@ time.sleep(3)
 def test_who_has_left_may_take_longer_to_end_than_who_works_may_be_silent(tmp_path, last, restarted):
     said = []
     command = [sys.executable, "-c", CHILD.format(last)]
-    supervisor = Supervisor(command, tmp_path / "log", restarts=1, silent_s=0.1, say=said.append)
+    supervisor = Supervisor(command, tmp_path / "log", restarts=1, silent_s=1, say=said.append)
     supervisor.run()
     assert bool(said) == restarted and (supervisor.failed is not None) == restarted, (tmp_path / "log").read_text()

@@ -5,14 +5,13 @@ import threading
 from contextlib import contextmanager
 
 import torch
-import zmq
 
 from deltakd.base.errors import TeacherError
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
 from deltakd.losses import objective
 from deltakd.models.settings import ModelsSettings, WeightsSettings
-from deltakd.teacher.addresses import connect, local_addresses, remote_addresses
+from deltakd.teacher.addresses import connect, local_addresses, new_context, remote_addresses
 from deltakd.teacher.client import ServiceReferences, ServiceSettings, make_arena
 from deltakd.teacher.members import Front, Members
 from deltakd.teacher.messages import PROTOCOL, Join, Terms, Welcome
@@ -85,6 +84,12 @@ def references(folder, names=("teacher",), spec=SPEC, settings=SETTINGS, heads=N
         yield ServiceReferences(members, arena, facts, heads or {}, spec, settings)
 
 
+def fall_silent(members, name="0"):
+    """Let a teacher be as if nobody had heard it for a minute, however fast this machine is."""
+    (member,) = [member for member in members.everyone() if member.join.name == name]
+    member.heard -= 60
+
+
 def join(**changes):
     told = {"terms": terms(), "models": {"teacher": "w1"}, "name": "0", "host": "h", "pid": os.getpid(), "log": "a log"}
     return Join(**(told | changes))
@@ -93,10 +98,12 @@ def join(**changes):
 @contextmanager
 def teacher_by_hand(folder, identity=b"by hand"):
     """A socket in a teacher's place, to say what no teacher of ours would."""
-    context = zmq.Context()
+    context = new_context()
     (address,) = local_addresses(folder, "test", 1)
     dealer = connect(context, address, identity)
     dealer.rcvtimeo = 20_000
-    yield dealer
-    dealer.close(linger=0)
-    context.term()
+    try:
+        yield dealer
+    finally:
+        dealer.close(linger=0)
+        context.term()

@@ -9,7 +9,7 @@ import torch
 import zmq
 
 from deltakd.base.errors import TeacherError
-from deltakd.teacher.addresses import connect, local_addresses
+from deltakd.teacher.addresses import connect, local_addresses, new_context
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.client import ServiceReferences
 from deltakd.teacher.messages import (
@@ -74,7 +74,7 @@ def test_a_student_outlives_a_hundred_thousand_wrong_messages_and_trains_on(tmp_
     """Sent by two strangers while a teacher answers; what the teacher says is what arrives."""
     draw, good = random.Random(0), seeds()
     with listening(tmp_path) as (members, arena, facts):
-        context = zmq.Context()
+        context = new_context()
         (address,) = local_addresses(tmp_path, "test", 1)
         strangers = [connect(context, address, name) for name in (b"one", b"two")]
         large = connect(context, address, b"large")
@@ -111,7 +111,7 @@ def test_a_student_outlives_a_hundred_thousand_wrong_messages_and_trains_on(tmp_
 def test_a_teacher_outlives_a_hundred_thousand_wrong_messages_and_answers_on(tmp_path, models):
     """From a student by hand that has welcomed it, between good requests."""
     draw, good = random.Random(1), [message for message in seeds() if not isinstance(message, Bye | Refused)]
-    context = zmq.Context()
+    context = new_context()
     router = context.socket(zmq.ROUTER)
     router.rcvtimeo, router.router_mandatory = 60_000, True
     router.bind(f"ipc://{tmp_path}/student-0.sock")

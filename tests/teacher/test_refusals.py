@@ -5,7 +5,7 @@ import pytest
 import zmq
 
 from deltakd.base.errors import TeacherError
-from deltakd.teacher.addresses import connect, remote_addresses
+from deltakd.teacher.addresses import connect, new_context, remote_addresses
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.client import ServiceReferences
 from deltakd.teacher.messages import (
@@ -131,7 +131,7 @@ def test_what_nobody_asked_for_is_refused_and_counted_and_reaches_no_loss(tmp_pa
 
 def test_the_server_outlives_what_is_malformed_or_asks_for_what_is_not_there(tmp_path, models):
     """A student by hand: bytes that are no batch, tokens outside the vocabulary, slots that are not there."""
-    context = zmq.Context()
+    context = new_context()
     router = context.socket(zmq.ROUTER)
     router.rcvtimeo = 20_000
     router.bind(f"ipc://{tmp_path}/student-0.sock")
@@ -194,7 +194,7 @@ def test_without_keys_nobody_gets_a_word_and_nothing_of_what_he_sends_arrives(tm
         assert service.stat().st_mode & 0o777 == 0o700
         other = zmq.curve_keypair()
         pair = {"public_key": other[0].decode(), "secret_key": other[1].decode()}
-        context = zmq.Context()
+        context = new_context()
         plain = connect(context, msgspec.structs.replace(address, server_key=""), b"plain")
         foreign = connect(context, msgspec.structs.replace(address, **pair), b"foreign")
         for dealer in (plain, foreign):
