@@ -24,6 +24,7 @@ from typing import Any
 import yaml
 
 from deltakd.base.errors import RunError
+from deltakd.base.files import put_in_place, remove, write_json, write_text
 from deltakd.base.machine import machine_facts, timestamp
 from deltakd.base.processes import resident_bytes
 
@@ -146,6 +147,10 @@ class RunDirectory:
         """
         for name in BY_STEP:
             self._take_back(self.path / name, step if name == "steps.jsonl" else validated)
+        for folder in (self.path / MODELS).glob("step-*"):
+            number = folder.name.removeprefix("step-")
+            if not number.isdecimal() or int(number) > step:
+                remove(folder)
         remove(self.path / FINISHED)  # what it exported stays until there is something better
         write_text(self.path / "recipe.yaml", recipe_text)
         self.append("resumed.jsonl", {"step": step, **machine_facts()})
@@ -282,34 +287,3 @@ def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
     return flat
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file beside its name and rename it, so that a reader or a crash never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as `write_text` does."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def remove(path: Path) -> None:
-    """Remove a file or a folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def put_in_place(part: Path, folder: Path) -> None:
-    """Rename a whole folder to its place; what lay there is gone only when it stands."""
-    old = folder.with_name(folder.name + ".old")
-    remove(old)
-    if folder.exists():
-        folder.replace(old)
-    part.replace(folder)
-    remove(old)

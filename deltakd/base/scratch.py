@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -22,6 +23,7 @@ from deltakd.base.errors import RunError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "deltakd-"
+ABANDONED_S = 60.0  # after which a folder without a lock is one whose maker was killed before it made that
 
 # Runs isolated (-I -S): no site packages, about 8 MB. The lock file is opened before the folder can vanish.
 _JANITOR = """
@@ -102,7 +104,12 @@ def sweep(parent: Path) -> list[Path]:
     for path in parent.glob(f"{PREFIX}*"):
         try:
             lock = os.open(path / "lock", os.O_RDWR)
-        except (FileNotFoundError, PermissionError):  # being made or removed at this moment, or another user's
+        except PermissionError:  # another user's
+            continue
+        except FileNotFoundError:  # being made or removed at this moment, unless it has been so for long
+            if _age_s(path) > ABANDONED_S:
+                shutil.rmtree(path, ignore_errors=True)
+                removed.append(path)
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,3 +121,10 @@ def sweep(parent: Path) -> list[Path]:
         finally:
             os.close(lock)
     return removed
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0

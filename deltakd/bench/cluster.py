@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deltakd.base.files import remove, write_json
 from deltakd.base.machine import machine_facts
-from deltakd.base.rundir import remove, write_json
 from deltakd.bench.arms import KL
 from deltakd.bench.shapes import QWEN, Pair, Shape, make_pair
 from deltakd.bench.simulation import Plant, simulate

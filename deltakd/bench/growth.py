@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from deltakd.base.files import remove, write_json, write_text
 from deltakd.base.machine import machine_facts
-from deltakd.base.rundir import remove, write_json, write_text
 from deltakd.bench.shapes import Pair, Shape, make_pair
 from deltakd.bench.watched import WARM_UP, trainer, watch
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from deltakd.base.rundir import write_text
+from deltakd.base.files import write_text
 
 
 @dataclass(frozen=True)

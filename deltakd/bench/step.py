@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from deltakd.base.errors import RunError
+from deltakd.base.files import remove, write_json
 from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
-from deltakd.base.rundir import remove, write_json
 from deltakd.bench.arms import ARMS
 from deltakd.bench.shapes import PAIRS, Pair, make_pair
 from deltakd.bench.watched import WARM_UP, Watched, trainer, watch

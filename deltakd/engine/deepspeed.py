@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from deltakd.base.errors import RunError
+from deltakd.base.files import remove
 from deltakd.base.ranks import Role
-from deltakd.base.rundir import remove
 from deltakd.engine.join import by_first_rank
 from deltakd.engine.protocol import (
     Optimizer,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import put_in_place, remove
+from deltakd.base.files import put_in_place, remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden

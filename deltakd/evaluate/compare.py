@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from deltakd.base.rundir import write_json, write_text
+from deltakd.base.files import write_json, write_text
 from deltakd.evaluate.scores import ROUGE, Interval, paired_difference
 
 CROSS_ENTROPY = "cross_entropy"

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deltakd.base.files import write_json
 from deltakd.base.ranks import Role, SoloWorld, World
-from deltakd.base.rundir import BEST_STEP, RunDirectory, write_json
+from deltakd.base.rundir import BEST_STEP, RunDirectory
 from deltakd.data.examples import ExampleSet
 from deltakd.data.packing import PackedBatch
 from deltakd.data.stream import Stream

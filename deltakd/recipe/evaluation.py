@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deltakd.base.errors import RunError
+from deltakd.base.files import write_json
 from deltakd.base.machine import machine_facts
-from deltakd.base.rundir import MODELS, RunDirectory, write_json
+from deltakd.base.rundir import MODELS, RunDirectory
 from deltakd.data.conversation import Conversation
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.base.errors import EXIT_STOPPED, DeltaKDError, RunError, Stopped
+from deltakd.base.files import remove
 from deltakd.base.machine import machine_facts
-from deltakd.base.rundir import RunDirectory, remove
+from deltakd.base.rundir import RunDirectory
 from deltakd.data.examples import ExampleCounts
 from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.finished import is_finished

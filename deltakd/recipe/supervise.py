@@ -21,8 +21,9 @@ from pathlib import Path
 from types import FrameType
 
 from deltakd.base.errors import EXIT_USER_ERROR, Stopped, TeacherError
+from deltakd.base.files import write_text
 from deltakd.base.processes import launch_identity
-from deltakd.base.rundir import SERVICE, RunDirectory, write_text
+from deltakd.base.rundir import SERVICE, RunDirectory
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
 from deltakd.base.stop import ASKING
 from deltakd.base.supervisor import Supervisor

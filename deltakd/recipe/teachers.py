@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from deltakd.base.errors import RunError
+from deltakd.base.files import write_json
 from deltakd.base.processes import launch_identity, resident_bytes, use_threads
 from deltakd.base.ranks import Role
-from deltakd.base.rundir import SERVICE, STATUS, RunDirectory, write_json
+from deltakd.base.rundir import SERVICE, STATUS, RunDirectory
 from deltakd.base.scratch import SHARED_MEMORY, Scratch
 from deltakd.base.supervisor import pulse_from_environment
 from deltakd.losses.settings import needed_references
@@ -68,7 +69,7 @@ def open_service(
 
     def show(status: object) -> None:
         with suppress(OSError):  # a disk that is full: what is trained says so
-            write_json(path, status)
+            write_json(path, status, lasting=False)
 
     return Service(members, arena, failed, show)
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from deltakd.base.errors import RunError, TeacherError
-from deltakd.base.rundir import write_json
+from deltakd.base.files import write_json
 from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
 from deltakd.teacher.messages import Terms, batch_digest

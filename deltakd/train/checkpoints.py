@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from deltakd.base.errors import PeerLost, RunError
+from deltakd.base.files import put_in_place, remove, write_json
 from deltakd.base.ranks import World, says_gone
-from deltakd.base.rundir import MODELS, remove, write_json
+from deltakd.base.rundir import MODELS
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
@@ -104,6 +105,9 @@ class Checkpoints:
         part = folder.with_name(folder.name + ".part")
         try:
             self._write(part, step)
+            if self.world.rank == 0:
+                put_in_place(part, folder)
+            self.world.barrier()
         except (OSError, RuntimeError, SafetensorError) as error:
             with suppress(OSError):
                 remove(part)
@@ -117,14 +121,11 @@ class Checkpoints:
                 "Free space or rights and start the same command again."
             ) from error
         if self.world.rank == 0:
-            self._put_in_place(part, folder)
-        self.world.barrier()
+            self._remove_older(folder)
         self._newest = step
         return folder
 
-    def _put_in_place(self, part: Path, folder: Path) -> None:
-        remove(folder)
-        part.replace(folder)
+    def _remove_older(self, folder: Path) -> None:
         # Newer ones are damaged, or they would have been gone on from: they count for nothing here.
         older = [path for path in _folders(self.directory) if path.name < folder.name]
         for path in older[self.settings.keep_last - 1 :]:
@@ -203,9 +204,10 @@ def has_some(directory: Path) -> bool:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what a killed run was writing."""
-    for part in (directory / FOLDER).glob(f"{_PREFIX}*.part"):
-        remove(part)
+    """Remove what a killed run was writing, or putting in another's place."""
+    for ending in ("part", "old"):
+        for folder in (directory / FOLDER).glob(f"{_PREFIX}*.{ending}"):
+            remove(folder)
 
 
 def _read(folder: Path) -> Saved:
@@ -231,7 +233,7 @@ def _sum(file: Path, flush: bool = False) -> str:
     with file.open("rb") as data:
         while block := data.read(_READ):
             digest.update(block)
-        if flush:  # a rename must not reach the disk before what it names
+        if flush:  # by the rank that wrote it: another node cannot
             os.fsync(data.fileno())
     return digest.hexdigest()
 

@@ -3,7 +3,8 @@
 import pytest
 
 from deltakd.base.errors import RunError
-from deltakd.base.rundir import RunDirectory, write_text
+from deltakd.base.files import write_text
+from deltakd.base.rundir import MODELS, RunDirectory
 
 
 def test_a_second_claim_is_refused_with_the_holder_and_what_to_do(tmp_path):
@@ -45,3 +46,14 @@ def test_starting_again_clears_what_an_unfinished_run_left(tmp_path):
     assert run.read_lines("steps.jsonl") == [] and not run.export.exists() and run.finished() is None
     run.finish({"steps": 3})
     assert run.finished()["steps"] == 3
+
+
+def test_going_on_takes_back_what_was_written_after_the_checkpoint(tmp_path):
+    run = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        run.append("steps.jsonl", {"step": step})
+        write_text(tmp_path / MODELS / f"step-{step:08}" / "config.json", "{}")
+    write_text(tmp_path / MODELS / "step-00000002.part" / "config.json", "{}")
+    run.go_on("seed: 1\n", 2, 0)
+    assert [line["step"] for line in run.read_lines("steps.jsonl")] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / MODELS).iterdir()) == ["step-00000001", "step-00000002"]

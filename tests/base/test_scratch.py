@@ -1,10 +1,11 @@
 """A run's folder in shared memory lives as long as one of its processes, whatever ends them."""
 
+import os
 import subprocess
 import sys
 import time
 
-from deltakd.base.scratch import PREFIX, Scratch, sweep
+from deltakd.base.scratch import ABANDONED_S, PREFIX, Scratch, sweep
 
 HOLD = """
 import sys, pathlib
@@ -52,3 +53,13 @@ def test_a_folder_that_nobody_holds_is_swept_at_the_next_start(tmp_path):
     with Scratch(tmp_path, "next") as scratch:
         assert not left.exists() and scratch.path.exists()
     assert gone(scratch.path)
+
+
+def test_a_folder_whose_lock_was_never_made_is_swept_once_it_cannot_be_a_start_any_more(tmp_path):
+    new, old = tmp_path / f"{PREFIX}new", tmp_path / f"{PREFIX}old"
+    for path in (new, old):
+        path.mkdir()
+        (path / "arena-0").write_bytes(b"x" * 4096)
+    past = time.time() - 2 * ABANDONED_S
+    os.utime(old, (past, past))
+    assert sweep(tmp_path) == [old] and not old.exists() and (new / "arena-0").exists()

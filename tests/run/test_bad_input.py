@@ -11,8 +11,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from deltakd.__main__ import guarded
+from deltakd.base.files import write_json
 from deltakd.base.ranks import Placement
-from deltakd.base.rundir import write_json
 from deltakd.data.settings import TokenizerSettings
 from deltakd.data.tokenizer import train_tokenizer
 from deltakd.models.new import write_new_model
