@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there, come what may while they are written: a kill, a full disk, no power."""
+"""Files and folders that are whole or not there, whatever comes while they are written: kills, full disks, no power."""
 
 import json
 import os
