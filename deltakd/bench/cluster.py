@@ -1,7 +1,7 @@
 """`deltakd bench cluster`: the simulation beside runs of this machine, and what it says of clusters beyond it.
 
-The seconds that are simulated with come from one run; the others are foretold from them and then run. Beyond this
-machine they come from arithmetic on a GPU's data sheet, and say so.
+The seconds that are simulated with come from one run of each target; the others are foretold from them and then run.
+Beyond this machine they come from arithmetic on a GPU's data sheet, and say so.
 """
 
 import json
@@ -22,14 +22,9 @@ from deltakd.bench.simulation import Plant, simulate
 from deltakd.bench.watched import WARM_UP, Watched, trainer, watch
 
 CHECKED = Pair(Shape(256, 6, 4, 2, 704), Shape(256, 8, 4, 2, 704), 4096, 512, 2048, "float32")
-MICRO_BATCHES = 4
-RATES = "delta, two ahead"
-CASES = {
-    RATES: (["teachers.look_ahead=2"], 2, 3),
-    "delta, none ahead": (["teachers.look_ahead=0"], 0, 3),
-    "forward KL, two ahead": ([*KL, "teachers.look_ahead=2"], 2, 1),
-    "forward KL, none ahead": ([*KL, "teachers.look_ahead=0"], 0, 1),
-}
+TARGETS: dict[str, list[str]] = {"delta": [], "forward KL": KL}
+# Look-ahead and micro-batches a step of the run that the seconds come from, and of those that are foretold.
+RATES, FORETOLD = (2, 4), ((0, 4), (1, 4), (2, 2))
 
 
 @dataclass(frozen=True)
@@ -64,27 +59,50 @@ def bench(steps: int, rounds: int, out: Path) -> None:
 
 def _check(steps: int, rounds: int, folder: Path) -> list[dict[str, Any]]:
     recipe = make_pair(CHECKED, None, folder)
-    common = [
-        f"train.steps={steps + WARM_UP}",
-        f"train.tokens_per_micro_batch={CHECKED.tokens_per_step // MICRO_BATCHES}",
-    ]
-    runs: dict[str, list[Watched]] = {name: [] for name in CASES}
+    runs: dict[tuple[str, int, int], list[Watched]] = {}
+    plants: dict[str, Plant] = {}
     for number in range(rounds):
-        for name, (overrides, _, _) in CASES.items():
-            print(f"round {number + 1} of {rounds}: {name}", flush=True)
-            remove(folder / "runs" / "case")
-            command = trainer(recipe, "case", [*common, *overrides])
-            runs[name].append(watch(command, folder / "runs" / "case" / "steps.jsonl", folder / "log.txt"))
-            if name == RATES:
-                status = json.loads((folder / "runs" / "case" / "status" / "student-0.json").read_text())
-    plant = _measured(min(runs[RATES], key=_step_s), status)
+        for target, overrides in TARGETS.items():
+            for ahead, micro_batches in (RATES, *FORETOLD):
+                case = (target, ahead, micro_batches)
+                print(f"round {number + 1} of {rounds}: {_named(case)}", flush=True)
+                runs.setdefault(case, []).append(_run(recipe, folder, steps, [*overrides, *_overrides(*case[1:])]))
+                if case[1:] == RATES and min(runs[case], key=_step_s) is runs[case][-1]:
+                    status = json.loads((folder / "runs" / "case" / "status" / "student-0.json").read_text())
+                    plants[target] = _measured(runs[case][-1], status)
     rows = []
-    for name, (_, look_ahead, models) in CASES.items():
-        measured = min(_step_s(run) for run in runs[name])
-        course = simulate(replace(plant, look_ahead=look_ahead, answer_s=plant.answer_s[:models]))
+    for case, watched in runs.items():
+        target, ahead, micro_batches = case
+        plant, measured = plants[target], min(_step_s(run) for run in watched)
+        share = plant.micro_batches / micro_batches  # of its tokens in each: seconds go with them
+        changed = replace(
+            plant,
+            look_ahead=ahead,
+            micro_batches=micro_batches,
+            work_s=plant.work_s * share,
+            answer_s=tuple(seconds * share for seconds in plant.answer_s),
+        )
+        course = simulate(changed)
         off = course.step_s / measured - 1
-        rows.append({"case": name, "run_s": measured, "simulated_s": course.step_s, "off": off})
+        rows.append({"case": _named(case), "run_s": measured, "simulated_s": course.step_s, "off": off})
     return rows
+
+
+def _named(case: tuple[str, int, int]) -> str:
+    return f"{case[0]}, {case[1]} ahead, {case[2]} micro-batches"
+
+
+def _overrides(look_ahead: int, micro_batches: int) -> list[str]:
+    return [
+        f"teachers.look_ahead={look_ahead}",
+        f"train.tokens_per_micro_batch={CHECKED.tokens_per_step // micro_batches}",
+    ]
+
+
+def _run(recipe: Path, folder: Path, steps: int, overrides: Sequence[str]) -> Watched:
+    remove(folder / "runs" / "case")
+    command = trainer(recipe, "case", [f"train.steps={steps + WARM_UP}", *overrides])
+    return watch(command, folder / "runs" / "case" / "steps.jsonl", folder / "log.txt")
 
 
 def _step_s(run: Watched) -> float:
@@ -93,16 +111,17 @@ def _step_s(run: Watched) -> float:
 
 def _measured(run: Watched, status: dict[str, Any]) -> Plant:
     """Return the seconds of a run: the student's from its steps, the teachers' from what they said of themselves."""
-    batches = len(run.counted) * MICRO_BATCHES
+    look_ahead, micro_batches = RATES
+    batches = len(run.counted) * micro_batches
     busy = status["busy_s"]
-    whole = len(run.steps) * MICRO_BATCHES
+    whole = len(run.steps) * micro_batches
     names = sorted(busy, key=lambda name: name != "teacher")
     return Plant(
         num_nodes=1,
         students_per_node=1,
         teachers_per_node=1,
-        micro_batches=MICRO_BATCHES,
-        look_ahead=2,
+        micro_batches=micro_batches,
+        look_ahead=look_ahead,
         work_s=run.total("forward_backward_s") / batches,
         update_s=run.total("update_s") / len(run.counted),
         answer_s=tuple(busy[name] / whole for name in names),
