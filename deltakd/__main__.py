@@ -58,11 +58,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--stage", help="a stage of the recipe's pipeline")
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
     train.add_argument("--resume", action="store_true", help="refuse to begin: go on from a checkpoint, or not at all")
-    cache = verb("cache", "write what the frozen models say of a training's micro-batches, so that none is needed")
-    cache.add_argument("--stage", help="a stage of the recipe's pipeline")
-    cache.add_argument(
-        "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
-    )
+    _add_writing_verbs(verb)
     _add_job_verbs(verbs, verb)
     watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")
@@ -72,6 +68,27 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("shard")  # a worker of a teacher in several processes, which starts it; no verb of a user's
     add_bench(verbs)
     return main
+
+
+def _add_writing_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add what writes things to train on, before any training."""
+    cache = verb("cache", "write what the frozen models say of a training's micro-batches, so that none is needed")
+    cache.add_argument("--stage", help="a stage of the recipe's pipeline")
+    cache.add_argument(
+        "--students", type=int, default=1, metavar="N", help="student ranks that will train; micro-batches depend on it"
+    )
+    generate = verb(
+        "generate",
+        "have a model write responses to the prompts of data.train (`generation` says how), as rows to train on",
+    )
+    generate.add_argument("--model", help="the recipe's model by its role, or a folder or hub id; default: the teacher")
+    generate.add_argument("--stage", help="a stage of the recipe's pipeline that generates, with its settings")
+    generate.add_argument("--processes", type=int, default=1, metavar="N", help="processes that share the work")
+    generate.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="write one share alone, on any node that sees root; without it: all that is missing",
+    )
 
 
 def _add_job_verbs(verbs: Any, verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -152,6 +169,10 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.caching import cache
 
         cache(options.recipe, options.overrides, options.stage, options.students)
+    elif options.verb == "generate":
+        from deltakd.recipe.generating import run
+
+        run(options.recipe, options.overrides, options.stage, options.model, options.processes, options.shard)
     elif options.verb in ("compare", "outcome", "stages", "tidy"):
         _dispatch_for_jobs(options)
     elif options.verb == "serve":

@@ -31,6 +31,7 @@ ADAPTERS = {
     "wandb": {"train/records.py"},
     "torchao": {"models/load.py"},
     "peft": {"models/lora.py"},
+    "vllm": {"evaluate/vllm.py"},
     "trl": {"bench/trl.py", "bench/candidates.py"},
 }
 FILES = sorted((ROOT / "deltakd").rglob("*.py")) + sorted((ROOT / "launchers").rglob("*.py"))

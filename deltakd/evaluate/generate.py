@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.evaluate.settings import EvaluationSettings
+from deltakd.evaluate.settings import SamplingSettings
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,12 @@ class Answer:
     ended: bool
 
 
-@torch.no_grad()  # not inference mode: an engine's buffers, made there, could not be trained with any more
 def generate(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[list[int]],
     end_id: int,
-    settings: EvaluationSettings,
+    settings: SamplingSettings,
     advance: Callable[[int], object] = lambda _: None,
     synced: bool = False,
 ) -> list[Answer]:
@@ -36,35 +35,39 @@ def generate(
     `synced`: the model is shared with other ranks, which answer as many prompts: all go on until all are done. Random
     numbers are drawn apart from the process's own.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
-        return _generate(model, tokenizer, prompts, end_id, settings, advance, synced)
+    answers = []
+    for tokens in write_tokens(model, prompts, end_id, settings, advance, synced):
+        ended = tokens[-1:] == [end_id]
+        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True).strip()
+        answers.append(Answer(text, ended))
+    return answers
 
 
-def _generate(
+@torch.no_grad()  # not inference mode: an engine's buffers, made there, could not be trained with any more
+def write_tokens(
     model: Any,
-    tokenizer: Any,
     prompts: Sequence[list[int]],
     end_id: int,
-    settings: EvaluationSettings,
-    advance: Callable[[int], object],
-    synced: bool,
-) -> list[Answer]:
+    settings: SamplingSettings,
+    advance: Callable[[int], object] = lambda _: None,
+    synced: bool = False,
+) -> list[list[int]]:
+    """Return the tokens of each prompt's answer, with the one that ends its turn if it came; else as `generate`."""
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    answers = [Answer("", False)] * len(prompts)
-    for first in range(0, len(order), settings.batch_size):
-        chosen = order[first : first + settings.batch_size]
-        written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings, synced)
-        for index, tokens in zip(chosen, written.tolist(), strict=True):
-            stop = tokens.index(end_id) if end_id in tokens else len(tokens)
-            text = tokenizer.decode(tokens[:stop], skip_special_tokens=True).strip()
-            answers[index] = Answer(text, ended=end_id in tokens)
-        advance(len(chosen))
+    answers: list[list[int]] = [[]] * len(prompts)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        for first in range(0, len(order), settings.batch_size):
+            chosen = order[first : first + settings.batch_size]
+            written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings, synced)
+            for index, tokens in zip(chosen, written.tolist(), strict=True):
+                answers[index] = tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
+            advance(len(chosen))
     return answers
 
 
 def _generate_batch(
-    model: Any, prompts: list[list[int]], end_id: int, settings: EvaluationSettings, synced: bool
+    model: Any, prompts: list[list[int]], end_id: int, settings: SamplingSettings, synced: bool
 ) -> Tensor:
     """Return the tokens written after each prompt [B, at most max_new_tokens]."""
     from transformers import GenerationConfig

@@ -1,25 +1,61 @@
-"""What a recipe says about evaluation: how many held-out prompts, and how answers are drawn."""
+"""What a recipe says about answers: how they are drawn, which are held against references, which are kept as rows."""
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, model_validator
 
 from deltakd.base.settings import Settings
+from deltakd.data.settings import SourceSettings
 
 
-class EvaluationSettings(Settings):
-    """Generation on held-out prompts, ROUGE on the answers, cross-entropy on the references."""
+class SamplingSettings(Settings):
+    """How a model's answers are drawn."""
 
-    num_prompts: int | None = Field(None, gt=0, description="The first prompts of data.validation; null: all.")
     max_new_tokens: int = Field(256, gt=0)
     batch_size: int = Field(16, gt=0)
     temperature: float = Field(0.0, ge=0, description="0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0)
+
+
+class EvaluationSettings(SamplingSettings):
+    """Generation on held-out prompts, ROUGE on the answers, cross-entropy on the references."""
+
+    num_prompts: int | None = Field(None, gt=0, description="The first prompts of data.validation; null: all.")
     num_resamples: int = Field(2000, gt=0, description="Bootstrap resamples over prompts for the paired intervals.")
     kept: dict[str, str | None] = Field(
         default_factory=dict,
         description="Name -> file of raw-domain or held-out rows; the cross-entropy on them tells what a model kept. "
         "null leaves an inherited one out.",
     )
+
+
+class GenerationSettings(SamplingSettings):
+    """How responses are written that are kept as rows to train on."""
+
+    num_prompts: int | None = Field(None, gt=0, description="The first prompts; null: all.")
+    per_prompt: int = Field(1, gt=0, description="Responses to each prompt; above 1 they must be sampled.")
+    unended: Literal["drop", "keep"] = Field(
+        "drop", description="What becomes of a response that max_new_tokens cut off: kept, it is learnt as ended there."
+    )
+    backend: Literal["auto", "transformers", "vllm"] = Field(
+        "auto", description="Who writes; auto: vllm where it is installed and a GPU is there, else transformers."
+    )
+
+    @model_validator(mode="after")
+    def _several_are_sampled(self) -> "GenerationSettings":
+        if self.per_prompt > 1 and not self.temperature:
+            raise ValueError(
+                f"per_prompt is {self.per_prompt} with temperature 0: all would be alike. Write 1, or a temperature"
+            )
+        return self
+
+
+class ResponsesSettings(Settings):
+    """Who writes responses, and to which prompts."""
+
+    model: str = Field("teacher", description="A model of this recipe by its role, or a folder or hub id.")
+    rows: SourceSettings | None = Field(None, description="Where the prompts come from; null: data.train.")
 
 
 class CompareSettings(Settings):

@@ -60,13 +60,13 @@ def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = N
 def find_recipe(name_or_path: str) -> Path:
     """Return the file of a recipe: a path as it is, a name from recipes/ here or beside the package."""
     known = _known_names()
-    if _is_path(name_or_path):
-        if Path(name_or_path).is_file():
-            return Path(name_or_path)
-        raise RecipeError(f"{name_or_path}: no such file. Write a path, or one of the names {', '.join(known)}.")
+    if Path(name_or_path).is_file() and _is_path(name_or_path):
+        return Path(name_or_path)
     for folder in _recipe_folders():
         if (path := folder / f"{name_or_path}.yaml").is_file():
             return path
+    if _is_path(name_or_path):
+        raise RecipeError(f"{name_or_path}: no such file. Write a path, or one of the names {', '.join(known)}.")
     match = closest(name_or_path, known)
     hint = f"Write {match} (known: {', '.join(known)})" if match else f"Write one of {', '.join(known)}, or a path"
     raise RecipeError(f"recipe {name_or_path}: no recipe has this name. {hint}.")
@@ -87,7 +87,8 @@ def _recipe_folders() -> list[Path]:
 
 
 def _known_names() -> list[str]:
-    names = {path.stem for folder in _recipe_folders() for path in folder.glob("*.yaml")}
+    folders = _recipe_folders()
+    names = {str(path.relative_to(one).with_suffix("")) for one in folders for path in one.rglob("*.yaml")}
     return sorted(names) or ["(recipes/ is empty)"]
 
 

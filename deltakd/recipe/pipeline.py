@@ -50,6 +50,8 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
         for stage in stages:
             if stage.train is not None:
                 _train_stage(name, overrides, stage.name, num_processes, console)
+            elif stage.generate is not None:
+                _generate_stage(base, name, overrides, stage, num_processes, console)
             else:
                 _make_stage(base, stage, console)
     tables = [root / stage.name / "table.md" for stage in stages if stage.evaluate is not None]
@@ -208,6 +210,18 @@ def _make_stage(base: Loaded, stage: StageSettings, console: Console) -> None:
     part.replace(folder.path)
     folder.finish({"settings": settings, "made": made, **machine_facts()})
     console.print(f"{stage.name}: {made}")
+
+
+def _generate_stage(
+    base: Loaded, name: str, overrides: Sequence[str], stage: StageSettings, num_processes: int | None, console: Console
+) -> None:
+    """Have a model write responses; what it has written before stays."""
+    from deltakd.recipe.generating import command_of, make
+
+    assert stage.generate is not None  # asked before
+    folder = Path(base.recipe.root) / stage.name
+    count = num_processes or _num_accelerators()
+    console.print(make(base, stage.generate, folder, count, command_of(name, overrides, stage.name), console))
 
 
 def _make(stage: StageSettings, folder: Path) -> str:

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from deltakd.base.settings import Settings
 from deltakd.data.settings import DataSettings, TokenizerSettings, WorldSettings
 from deltakd.engine.settings import DeepSpeedSettings, Fsdp2Settings, SingleSettings
-from deltakd.evaluate.settings import CompareSettings, EvaluationSettings
+from deltakd.evaluate.settings import CompareSettings, EvaluationSettings, GenerationSettings, ResponsesSettings
 from deltakd.losses.settings import ObjectiveSettings
 from deltakd.models.settings import ModelsSettings, NewModelSettings
 from deltakd.teacher.settings import ReferencesSettings, TeachersSettings
@@ -18,7 +18,7 @@ from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSe
 
 EngineSettings = Annotated[DeepSpeedSettings | Fsdp2Settings | SingleSettings, Field(discriminator="name")]
 
-STAGE_KINDS = ("world", "tokenizer", "model", "train", "evaluate")
+STAGE_KINDS = ("world", "tokenizer", "model", "generate", "train", "evaluate")
 
 
 class StageSettings(Settings):
@@ -28,6 +28,7 @@ class StageSettings(Settings):
     world: WorldSettings | None = Field(None, description="Write the generated world's rows.")
     tokenizer: TokenizerSettings | None = Field(None, description="Train a tokenizer on rows.")
     model: NewModelSettings | None = Field(None, description="Write a new model with random weights.")
+    generate: ResponsesSettings | None = Field(None, description="Have a model write responses, as rows to train on.")
     train: dict[str, Any] | None = Field(None, description="Train: what differs from this recipe, as a nested mapping.")
     evaluate: CompareSettings | None = Field(None, description="Evaluate models and print one table.")
 
@@ -64,6 +65,7 @@ class Recipe(Settings):
     validation: ValidationSettings = ValidationSettings()
     engine: EngineSettings = DeepSpeedSettings(name="deepspeed")
     evaluation: EvaluationSettings = EvaluationSettings()
+    generation: GenerationSettings = GenerationSettings()
     records: RecordsSettings = RecordsSettings()
     pipeline: list[StageSettings] = Field(default_factory=list, description="The stages of `deltakd run`, in order.")
 

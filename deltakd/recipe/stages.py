@@ -35,6 +35,10 @@ def _reads(recipe: Recipe, stage: StageSettings, loaded: Loaded | None) -> Any:
         return [own, recipe.data.train.path]
     if stage.evaluate is not None:
         return [own, recipe.model_dump(mode="json", include={"models", "data", "evaluation"})]
+    if stage.generate is not None:
+        model = recipe.models.roles.get(stage.generate.model)
+        rows = stage.generate.rows or recipe.data.train
+        return [own, model.weights if model else None, rows.path]
     return own
 
 

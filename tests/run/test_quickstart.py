@@ -57,6 +57,15 @@ def test_it_says_which_command_makes_the_models_that_are_missing(lab, tmp_path):
     assert done.returncode == 2 and "deltakd run" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_seqkd_learns_what_the_teacher_wrote(quickstart, lab, root):
+    few = ["generation={num_prompts: 12, max_new_tokens: 6, unended: keep, temperature: 1.0}", *SMALL]
+    done = lab.run("python", "-m", "deltakd", "run", "baselines/seqkd", f"root={root}", *few)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[-8:] if line.startswith("| ")][-1] == "| delta"
+    learnt = json.loads((root / "seqkd" / "run.json").read_text())["data"]
+    assert learnt["rows"] == 12, learnt
+
+
 @pytest.mark.soak  # which starts most other runs of several ranks here
 def test_local_sh_starts_students_and_teachers_from_the_shell(lab):
     """Two students and two teachers give the curve of one student and one teacher."""
