@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deltakd.__main__ import main, parser
+from deltakd.__main__ import main, parse, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import load
 from deltakd.recipe.stages import describe_stages
@@ -57,7 +57,7 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
     elif words[0] == "deltakd":
         if words[1] == "VERB":
             return
-        options = parser().parse_args(words[1:])
+        options = parse(parser(), words[1:])
         if options.verb == "watch" or not hasattr(options, "recipe"):
             return
         if options.recipe != "mine":
@@ -102,7 +102,7 @@ def test_links_lead_somewhere(page):
 def test_a_recipe_opens_with_its_command_and_what_was_measured(recipe):
     first, second = recipe.read_text().splitlines()[:2]
     assert re.match(r"# (make|python -m deltakd|deepspeed) ", first) and second.startswith("# Measured: ")
-    assert check_every_stage(recipe.stem)
+    assert check_every_stage(str(recipe.relative_to(ROOT / "recipes").with_suffix("")))
 
 
 def test_the_python_example_runs():
