@@ -1,7 +1,6 @@
 # The steps of a job, for the sbatch files to read. Runs on the first node of the job, in the repository.
 
-say() { echo "$(date +%T) $*"; }
-fail() { say "$1" >&2; exit "${2:-2}"; }
+source slurm/site.sh
 
 unset DELTAKD_LAUNCHERS  # whoever submitted the job may end before it
 
@@ -16,14 +15,9 @@ stop_students() { [ -z "$training" ] || kill -USR1 "$training" 2>/dev/null; }
 this_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 this_job=${this_job:-$SLURM_JOB_ID}
 
-# Read the site's settings and have its python.
-read_site() {
-    if [ -f slurm/site.env ]; then
-        set -a && source slurm/site.env && set +a
-    fi
-    local name
-    for name in ${SITE_MODULES:-}; do module load "$name" || fail "slurm/site.env: no module $name."; done
-    source "${SITE_VENV:-.venv}/bin/activate" || fail "slurm/site.env: SITE_VENV holds no environment. Run make install."
+# Have what the site gives to every rank.
+read_surroundings() {
+    read_site
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     if [ -n "${SITE_INTERFACE:-}" ]; then
         export NCCL_SOCKET_IFNAME=$SITE_INTERFACE GLOO_SOCKET_IFNAME=$SITE_INTERFACE
@@ -38,13 +32,15 @@ read_settings() {
     recipe=${RECIPE:-ultrachat}
     stage=(${STAGE:+--stage "$STAGE"})
     # A signal leaves 300 s before the limit; one that comes with less time (scancel: KillWait) ends in SIGKILL anyway.
-    settings=("checkpoints.grace_s=240" ${SITE_SCRATCH:+"root=$SITE_SCRATCH/$(basename "$recipe" .yaml)"} ${SITE_INTERFACE:+"teachers.host=$SITE_INTERFACE"} "$@")
+    local root
+    root=$(root_here "$recipe") || fail "$recipe: cannot be read."
+    settings=("checkpoints.grace_s=240" ${root:+"$root"} ${SITE_INTERFACE:+"teachers.host=$SITE_INTERFACE"} "$@")
     if [ -n "${SWEEP:-}" ]; then
         local line
         line=$(sed -n "${SLURM_ARRAY_TASK_ID:?SWEEP wants sbatch --array=1-N}p" "$SWEEP")
         [ -n "$line" ] || fail "$SWEEP: no line $SLURM_ARRAY_TASK_ID. Write --array with the numbers of its lines."
         local words
-        read -r -a words <<<"$line"
+        mapfile -t words < <(xargs -n 1 printf '%s\n' <<<"$line")  # which reads quotes around a setting with blanks
         settings+=("${words[@]}")
     fi
 }
@@ -73,14 +69,15 @@ P
 
 # Remove on every node what dead runs left in /dev/shm; a rank that was killed with its node's job step cannot.
 tidy() {
-    local group job nodes number
+    local group job nodes number seconds=120
+    [ -z "$asked" ] || seconds=20  # the time limit is near, and the job has yet to queue itself again
     for group in $(seq 0 $((${SLURM_HET_SIZE:-1} - 1))); do
         job=$SLURM_JOB_ID${SLURM_HET_SIZE:++$group}
         # Asked anew: under --no-kill a lost node is the job's no more.
         nodes=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%i %N" | awk -v job="$job" '$1 == job {print $2}')
         nodes=${nodes:-$SLURM_JOB_NODELIST}  # a task of an array has an id of its own there
         number=$(scontrol show hostnames "$nodes" | wc -l)
-        timeout --kill-after=5 120 srun ${SLURM_HET_SIZE:+--het-group=$group} --nodelist="$nodes" --nodes="$number" \
+        timeout --kill-after=5 "$seconds" srun ${SLURM_HET_SIZE:+--het-group=$group} --nodelist="$nodes" --nodes="$number" \
             --ntasks="$number" --ntasks-per-node=1 --overlap --label --quiet ${container[@]+"${container[@]}"} \
             python -m deltakd tidy || say "/dev/shm of $nodes may not have been swept"
     done
@@ -88,7 +85,7 @@ tidy() {
 
 prepare() {
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), on $SLURM_JOB_NODELIST"
-    read_site
+    read_surroundings
     read_settings "$@"
     tidy
     meet
@@ -105,8 +102,8 @@ prepare() {
 start() {
     local name=$1 cpus=SLURM_CPUS_PER_TASK${2:-}
     shift 2
-    # srun has not taken the number of processors from sbatch since 22.05.
-    srun --kill-on-bad-exit=1 --cpus-per-task="${!cpus:-1}" --output="$logs/$name-%t.log" --open-mode=append \
+    # srun has not taken the number of processors from sbatch since 22.05. Ranks may end as far apart as they need to.
+    srun --kill-on-bad-exit=1 --wait=0 --cpus-per-task="${!cpus:-1}" --output="$logs/$name-%t.log" --open-mode=append \
         ${container[@]+"${container[@]}"} "$@" 2>>"$logs/$name.srun" &
 }
 

@@ -10,11 +10,11 @@ recipe=$1 && shift
 options=() settings=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1") && shift; done
 [ $# -eq 0 ] || { shift; settings=("$@"); }
-if [ -f slurm/site.env ]; then
-    set -a && source slurm/site.env && set +a
-fi
-source "${SITE_VENV:-.venv}/bin/activate"
-stages=$(python -m deltakd stages "$recipe" "${settings[@]}")
+source slurm/site.sh
+read_site
+root=$(root_here "$recipe")
+stages=$(python -m deltakd stages "$recipe" ${root:+"$root"} "${settings[@]}")
+[ -n "$stages" ] || fail "$recipe: has no pipeline. Write RECIPE=$recipe sbatch slurm/deltakd_qwen.sbatch"
 declare -A job
 while read -r name kind needs; do
     after=
@@ -25,7 +25,7 @@ while read -r name kind needs; do
     else
         command+=(slurm/stage.sbatch)
     fi
-    id=$(RECIPE=$recipe STAGE=$name "${command[@]}" "${settings[@]}")
+    id=$(RUN= SWEEP= RECIPE=$recipe STAGE=$name "${command[@]}" "${settings[@]}")
     job[$name]=${id%%;*}
     echo "$name ${job[$name]}${after:+ after ${after:1}}"
 done <<<"$stages"

@@ -36,7 +36,7 @@ STATUS = "status"  # folder in which every student rank shows how its teachers d
 BEST_STEP = "validated.json"  # in `best`: of which step it is
 BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
-FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s"})
+FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s", "teachers.host"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
 

@@ -243,8 +243,8 @@ class Cluster:
         return done.stdout.decode().split()
 
     def job(self, number: str) -> dict[str, str]:
-        """Return what Slurm says of a job."""
-        words = self.say("scontrol", "show", "job", number).split()
+        """Return what Slurm says of a job; of a heterogeneous one, of its first part."""
+        words = self.say("scontrol", "show", "job", number).split("\n\n")[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
 
