@@ -16,6 +16,7 @@ LAYERS = {
     "teacher": 2,
     "engine": 2,
     "evaluate": 2,
+    "rollout": 3,
     "train": 4,
     "recipe": 5,
     "bench": 6,

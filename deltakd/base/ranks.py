@@ -134,6 +134,9 @@ class World(Protocol):
     def any(self, flag: bool) -> bool:
         """Tell every rank whether the flag is set on one of them."""
 
+    def gather(self, values: list[int]) -> list[list[int]]:
+        """Return every rank's values, on every rank."""
+
     def barrier(self) -> None:
         """Wait for every rank."""
 
@@ -149,6 +152,9 @@ class SoloWorld:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        return [values]
 
     def barrier(self) -> None:
         return None
@@ -174,6 +180,11 @@ class TorchWorld:
 
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
+
+    def gather(self, values: list[int]) -> list[list[int]]:
+        told: list[list[int]] = [[]] * self.size
+        self._distributed.all_gather_object(told, values)
+        return told
 
     def barrier(self) -> None:
         self._distributed.barrier()

@@ -34,7 +34,9 @@ MODELS = "models"
 SERVICE = "service"  # folder in which teachers from elsewhere find the students
 STATUS = "status"  # folder in which every student rank shows how its teachers do
 BEST_STEP = "validated.json"  # in `best`: of which step it is
-BY_STEP = ("steps.jsonl", "validation.jsonl", "samples.jsonl")
+ROLLOUTS = "rollouts.jsonl"  # what a student that writes its own batches has written, and how fast
+VALIDATIONS = ("validation.jsonl", "samples.jsonl")
+BY_STEP = ("steps.jsonl", *VALIDATIONS, ROLLOUTS)
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
 FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s", "teachers.host"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
@@ -146,7 +148,7 @@ class RunDirectory:
         `validated` is the last step of which the checkpoint knows a validation: one after the same step comes again.
         """
         for name in BY_STEP:
-            self._take_back(self.path / name, step if name == "steps.jsonl" else validated)
+            self._take_back(self.path / name, validated if name in VALIDATIONS else step)
         for folder in (self.path / MODELS).glob("step-*"):
             number = folder.name.removeprefix("step-")
             if not number.isdecimal() or int(number) > step:

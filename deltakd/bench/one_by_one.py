@@ -32,8 +32,8 @@ class OneByOne(NeverShort):
         self._inputs, self._device = inputs, device
         self._heads = frozen_heads(inputs, device)
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
-        left = iter(batches)
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
+        left = (one for one in batches if one is not None)
         while window := list(islice(left, WINDOW)):
             payloads: list[Payloads] = [{} for _ in window]
             for name in self._inputs.frozen:

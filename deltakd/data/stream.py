@@ -6,12 +6,12 @@ micro-batches. So a run resumes on other hardware with the same steps. Each epoc
 replays only lengths: about ten microseconds per step. State is the step's number; there is nothing else to save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.data.examples import ExampleSet
+from deltakd.data.examples import Example, ExampleSet
 from deltakd.data.micro_batches import plan_micro_batches, refuse_too_long
 from deltakd.data.packing import PackedBatch, blank_batch, pack
 
@@ -49,17 +49,21 @@ class Stream:
 
     def cut(self, chosen: NDArray[np.int64]) -> list[PackedBatch]:
         """Return this rank's micro-batches of some examples; as many on every rank."""
+        return self._cut(self._examples.lengths[chosen].tolist(), lambda place: self._examples[int(chosen[place])])
+
+    def cut_examples(self, examples: Sequence[Example]) -> list[PackedBatch]:
+        """Do the same with examples that are none of the set's."""
+        return self._cut([len(one.tokens) for one in examples], lambda place: examples[place])
+
+    def _cut(self, lengths: Sequence[int], example: Callable[[int], Example]) -> list[PackedBatch]:
         plan = plan_micro_batches(
-            self._examples.lengths[chosen].tolist(),
+            lengths,
             self._num_ranks,
             self._tokens_per_micro_batch,
             self._examples_per_micro_batch,
             self._padded,
         )
-        return [
-            pack([self._examples[int(chosen[index])] for index in bin_]) if bin_ else blank_batch()
-            for bin_ in plan[self._rank]
-        ]
+        return [pack([example(place) for place in places]) if places else blank_batch() for places in plan[self._rank]]
 
     def indices(self) -> Iterator[NDArray[np.int64]]:
         """Yield the examples of each step over all ranks: as many as fit into tokens_per_step, at least one."""

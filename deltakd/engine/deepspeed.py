@@ -33,6 +33,7 @@ from deltakd.engine.protocol import (
 )
 from deltakd.engine.settings import DeepSpeedSettings
 from deltakd.losses.linear import LinearLoss, Reference
+from deltakd.models.lora import merge_lora
 
 TAG = "state"  # DeepSpeed's name for one checkpoint of a folder
 
@@ -116,15 +117,19 @@ class DeepSpeedEngine:
     def evaluating(self) -> AbstractContextManager[Any]:
         return standing_still(self._module)
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
-        """Gather one parameter at a time; rank 0 writes."""
+    def gather(self, everywhere: bool) -> dict[str, Tensor]:
+        """Gather one parameter at a time."""
         import deepspeed
 
         state: dict[str, Tensor] = {}
         for name, parameter in self._module.model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter]):
-                if self._rank == 0:
+                if everywhere or self._rank == 0:
                     state[name] = parameter.detach().cpu().clone()
+        return merge_lora(self._module.model, state)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        state = self.gather(everywhere=False)
         by_first_rank(self._rank, self.device, lambda: save_folder(self._module.model, state, tokenizer, folder))
 
     def save_state(self, folder: Path) -> None:

@@ -35,6 +35,7 @@ from deltakd.engine.protocol import (
 )
 from deltakd.engine.settings import Fsdp2Settings
 from deltakd.losses.linear import LinearLoss, Reference
+from deltakd.models.lora import merge_lora
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)  # what is frozen lies in the student's folder
 
@@ -92,14 +93,18 @@ class Fsdp2Engine:
             finally:
                 self._root.reshard()
 
-    def save(self, folder: Path, tokenizer: Any) -> None:
-        """Gather one parameter at a time; rank 0 writes."""
+    def gather(self, everywhere: bool) -> dict[str, Tensor]:
+        """Gather one parameter at a time."""
         state: dict[str, Tensor] = {}
         parameters: Any = self._module.model.named_parameters()
         for name, parameter in parameters:
             whole = parameter.detach().to(self.device).full_tensor()
-            if self._rank == 0:
+            if everywhere or self._rank == 0:
                 state[name] = whole.to(self._dtype).cpu().clone()
+        return merge_lora(self._module.model, state)
+
+    def save(self, folder: Path, tokenizer: Any) -> None:
+        state = self.gather(everywhere=False)
         by_first_rank(self._rank, self.device, lambda: save_folder(self._module.model, state, tokenizer, folder))
 
     def save_state(self, folder: Path) -> None:

@@ -19,7 +19,6 @@ from deltakd.base.files import put_in_place, remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
 from deltakd.losses.objectives import Objective
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
-from deltakd.models.lora import merge_lora
 
 
 class TrainBatch(Batch, Protocol):
@@ -106,6 +105,12 @@ class Engine(Protocol):
     def evaluating(self) -> AbstractContextManager[Any]:
         """Stand still for a while: no gradients, no dropout; yields the model, which can then generate."""
 
+    def gather(self, everywhere: bool) -> dict[str, Tensor]:
+        """Return the student's weights, whole, on the CPU and in its dtype: on every rank or on rank 0; all call.
+
+        Their names are those of a model without adapters, which are added to their weights.
+        """
+
     def save(self, folder: Path, tokenizer: Any) -> None:
         """Write student and tokenizer as a Hugging Face folder, whole or not at all; rank 0 writes, all call."""
 
@@ -160,11 +165,10 @@ def clip_factor(grad_norm: float, max_grad_norm: float) -> float:
 
 
 def save_folder(model: Any, state: dict[str, Tensor], tokenizer: Any, folder: Path) -> None:
-    """Write a model of these weights and its tokenizer, adapters merged, beside the folder's name and rename it.
+    """Write a model of these weights and its tokenizer beside the folder's name and rename it.
 
     Raises RunError if that cannot be.
     """
-    state = merge_lora(model, state)
     part = folder.with_name(folder.name + ".part")
     try:
         remove(part)

@@ -23,6 +23,7 @@ from deltakd.engine.protocol import (
     trained,
 )
 from deltakd.losses.linear import LinearLoss, Reference
+from deltakd.models.lora import merge_lora
 
 
 class SingleEngine:
@@ -66,9 +67,12 @@ class SingleEngine:
     def evaluating(self) -> AbstractContextManager[Any]:
         return standing_still(self._module)
 
+    def gather(self, everywhere: bool) -> dict[str, Tensor]:
+        state = {name: parameter.detach().cpu() for name, parameter in self._module.model.named_parameters()}
+        return merge_lora(self._module.model, state)
+
     def save(self, folder: Path, tokenizer: Any) -> None:
-        state = {name: parameter.detach() for name, parameter in self._module.model.named_parameters()}
-        save_folder(self._module.model, state, tokenizer, folder)
+        save_folder(self._module.model, self.gather(everywhere=False), tokenizer, folder)
 
     def save_state(self, folder: Path) -> None:
         save_file(dict(self._masters), folder / "weights.safetensors")

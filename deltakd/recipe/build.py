@@ -30,6 +30,7 @@ from deltakd.models.lora import add_lora
 from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.recipe.held_out import build_validation
 from deltakd.recipe.inputs import Inputs
+from deltakd.recipe.rollouts import build_rollouts
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
 from deltakd.teacher.cache import CachedReferences, cache_folder
@@ -39,7 +40,7 @@ from deltakd.teacher.messages import PROTOCOL, Terms
 from deltakd.teacher.payloads import FrozenFacts, FrozenModels
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
 from deltakd.train.checkpoints import Checkpoints, Saved
-from deltakd.train.loop import TrainParts, tasks
+from deltakd.train.loop import TrainParts, never, tasks
 from deltakd.train.schedule import schedule
 
 CHECKED_BATCHES = 1000  # of a cache, before the first step; the others are found missing when they are needed
@@ -131,23 +132,27 @@ def build_parts(
     """
     recipe = inputs.recipe
     stream, train = partial(build_stream, recipe, role=role), recipe.train
+    batches = stream(examples)
     if recipe.references.source == "cache" and inputs.frozen:  # looked through before anything large is loaded
         references = _build_cached(inputs, device_name(role.local_index), planned(inputs, examples, role))
     engine = build_engine(inputs, role, saved)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
-    keep = validation = None
+    keep = validation = written = None
+    if recipe.rollouts.on_policy_fraction:
+        written = build_rollouts(inputs, examples, batches, role, world, engine, run)
     if run is not None:
         validation = build_validation(inputs, role, stream, partial(_keep_best, run, engine, inputs, role))
         facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}
         model = partial(engine.save, tokenizer=inputs.tokenizer) if recipe.checkpoints.models else None
-        keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation, model)
+        keep = Checkpoints(run.path, recipe.checkpoints, world, engine, alpha, facts_, validation, model, written)
     if keep is not None and saved is not None:
         keep.restore(saved)
     return TrainParts(
         world,
         engine,
         references=references or _build_references(inputs, engine.device, service, stop),
-        steps=stream(examples).steps,
+        steps=written.steps if written is not None else batches.steps,
+        waits=written.waits if written is not None else never,
         schedule=schedule(train),
         alpha=alpha,
         num_steps=train.steps,

@@ -41,6 +41,7 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     _check_lengths(recipe, where)
     _check_schedule(recipe, where)
     _check_validation(recipe, where)
+    _check_rollouts(recipe, where)
     _check_profile(recipe, where)
     _check_rows_apart(recipe, where)
     _check_labels(recipe.evaluation.kept, "evaluation.kept", where)
@@ -192,6 +193,22 @@ def _check_schedule(recipe: Recipe, where: Where) -> None:
             f"{where('train.warmup_steps')}: {train.warmup_steps:,} steps of warm-up leave none of train.steps, "
             f"{train.steps:,}. Write {train.steps - 1:_} or less."
         )
+
+
+def _check_rollouts(recipe: Recipe, where: Where) -> None:
+    """Refuse what cannot be had of answers that the student writes while it trains."""
+    if not recipe.rollouts.on_policy_fraction:
+        return
+    place = f"{where('rollouts.on_policy_fraction')}: {recipe.rollouts.on_policy_fraction:g}"
+    if recipe.references.source == "cache":
+        raise RecipeError(f"{place}, but a cache knows no answer before it is written. Write references.from: service.")
+    if recipe.objective.sft_weight:
+        raise RecipeError(
+            f"{place}, but objective.sft_weight is {recipe.objective.sft_weight:g}: the student would learn its own "
+            "answers as if they were data. Write sft_weight: 0."
+        )
+    if recipe.data.format == "text" or recipe.data.supervise == "all":
+        raise RecipeError(f"{place}, but rows of which all is learnt have no prompt. Write data.supervise: assistant.")
 
 
 def _check_rows_apart(recipe: Recipe, where: Where) -> None:

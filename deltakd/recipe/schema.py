@@ -13,6 +13,7 @@ from deltakd.engine.settings import DeepSpeedSettings, Fsdp2Settings, SingleSett
 from deltakd.evaluate.settings import CompareSettings, EvaluationSettings, GenerationSettings, ResponsesSettings
 from deltakd.losses.settings import ObjectiveSettings
 from deltakd.models.settings import ModelsSettings, NewModelSettings
+from deltakd.rollout.settings import RolloutSettings
 from deltakd.teacher.settings import ReferencesSettings, TeachersSettings
 from deltakd.train.settings import CheckpointsSettings, RecordsSettings, TrainSettings, ValidationSettings
 
@@ -63,6 +64,7 @@ class Recipe(Settings):
     train: TrainSettings
     checkpoints: CheckpointsSettings = CheckpointsSettings()
     validation: ValidationSettings = ValidationSettings()
+    rollouts: RolloutSettings = RolloutSettings()
     engine: EngineSettings = DeepSpeedSettings(name="deepspeed")
     evaluation: EvaluationSettings = EvaluationSettings()
     generation: GenerationSettings = GenerationSettings()

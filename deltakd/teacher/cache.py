@@ -180,10 +180,10 @@ class CachedReferences(NeverShort):
             for name in asked_names(self._spec, self._models) if len(batch.supervised) else []:
                 self._find(name, batch, alpha)
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
         """Yield each batch with its payloads, checked by their checksums as they are read."""
         names = asked_names(self._spec, self._models)
-        for batch, alpha in batches:
+        for batch, alpha in filter(None, batches):
             yield batch, {name: self._read(name, batch, alpha) for name in names} if len(batch.supervised) else {}
 
     def _find(self, name: str, batch: Batch, alpha: float) -> Record:

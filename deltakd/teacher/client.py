@@ -25,7 +25,7 @@ from deltakd.teacher.arena import Arena, slot_bytes_for
 from deltakd.teacher.members import Member, Members
 from deltakd.teacher.messages import Failed, Score, Scored, ask_again, batch_digest
 from deltakd.teacher.payloads import FrozenFacts, PayloadSpec, hidden_size, unpack_payload
-from deltakd.teacher.references import B, Payloads, asked_names, batch_bytes
+from deltakd.teacher.references import B, Payloads, asked_names, batch_bytes, bursts
 
 POLL_S = 0.1
 BOARD_S = 1.0
@@ -119,10 +119,13 @@ class ServiceReferences:
                     "teachers' logs, or raise teachers.start_s."
                 )
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
         """Yield each batch with its payloads, valid until the next is asked for; the next ones are in flight."""
+        for together in bursts(batches):
+            yield from self._ahead(together)
+
+    def _ahead(self, upcoming: Iterator[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
         window: deque[tuple[B, list[Request]]] = deque()
-        upcoming = iter(batches)
         while True:
             while len(window) <= self._settings.look_ahead and (pair := next(upcoming, None)) is not None:
                 window.append((pair[0], self._ask(*pair)))

@@ -16,6 +16,7 @@ from deltakd.teacher.messages import batch_digest
 from deltakd.teacher.payloads import FrozenModels, PayloadSpec, read_payload
 
 B = TypeVar("B", bound=Batch)
+T = TypeVar("T")
 
 # What the loss reads of the N supervised tokens of a batch, by model, or of the whole target.
 Payloads = dict[str, Reference]
@@ -24,8 +25,11 @@ Payloads = dict[str, Reference]
 class References(Protocol):
     """Where the frozen models' payloads come from."""
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
-        """Yield each batch with its payloads at the target's alpha, in order; valid until the next is asked for."""
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
+        """Yield each batch with its payloads at the target's alpha, in order; valid until the next is asked for.
+
+        None among the batches: those behind it are looked at when all before it have been taken, and no earlier.
+        """
 
     def shortage(self) -> str | None:
         """Say how much faster references would have to come, if training has waited for them."""
@@ -41,8 +45,8 @@ class NeverShort:
 class NoReferences(NeverShort):
     """For objectives that need no frozen model."""
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
-        for batch, _ in batches:
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
+        for batch, _ in filter(None, batches):
             yield batch, {}
 
 
@@ -53,9 +57,9 @@ class InProcessReferences(NeverShort):
         self._frozen = frozen
         self._heads = heads
 
-    def ahead(self, batches: Iterable[tuple[B, float]]) -> Iterator[tuple[B, Payloads]]:
+    def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
         names = asked_names(self._frozen.spec, self._frozen.models)
-        for batch, alpha in batches:
+        for batch, alpha in filter(None, batches):
             yield batch, {name: self._ask(name, batch, alpha) for name in names} if len(batch.supervised) else {}
 
     def _ask(self, name: str, batch: Batch, alpha: float) -> Reference:
@@ -64,6 +68,22 @@ class InProcessReferences(NeverShort):
         except TeacherError as error:
             raise TeacherError(f"{name}, in process: {error}") from error
         return read_payload(arrays, self._frozen.spec, self._heads.get(name))
+
+
+def bursts(batches: Iterable[T | None]) -> Iterator[Iterator[T]]:
+    """Cut at None: yield, one after the other, what may be asked together; each must be read to its end."""
+    source, more = iter(batches), True
+
+    def burst() -> Iterator[T]:
+        nonlocal more
+        for one in source:
+            if one is None:
+                return
+            yield one
+        more = False
+
+    while more:
+        yield burst()
 
 
 def asked_names(spec: PayloadSpec, models: Iterable[str]) -> list[str]:

@@ -3,6 +3,7 @@
     checkpoints/step-00000120/        after 120 steps
         engine/                       weights and optimizer, as the engine writes them; every rank its share
         random-<rank>.safetensors     the state of each rank's random numbers
+        rollouts.safetensors          what the student has written and not trained on yet, where it writes
         progress.json                 the step, tokens so far, what alpha depends on, and what the run was
         sums-<rank>.json              a checksum of every file; each rank sums a share of them
 
@@ -30,11 +31,13 @@ from deltakd.base.rundir import MODELS
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
+from deltakd.rollout.stream import Rollouts
 from deltakd.train.settings import CheckpointsSettings
 from deltakd.train.validation import Validation
 
 FOLDER = "checkpoints"
 FAULTY = "faulty"  # micro-batches of a step whose loss or gradient was not finite
+ROLLOUTS = "rollouts.safetensors"
 _PREFIX = "step-"
 _READ = 2**20
 
@@ -64,6 +67,7 @@ class Checkpoints:
     facts: Mapping[str, Any]
     validation: Validation | None = None
     keep_model: Callable[[Path], None] | None = None  # writes it as a Hugging Face folder
+    written: Rollouts | None = None
     num_tokens: int = 0
     num_supervised: int = 0
     _newest: int = field(default=0, init=False)
@@ -75,6 +79,8 @@ class Checkpoints:
         if own.exists():  # more ranks than before: theirs begin with the seed's
             _set_random(load_file(own))
         self.alpha.restore(saved.alpha)
+        if self.written is not None and (saved.folder / ROLLOUTS).exists():
+            self.written.restore(load_file(saved.folder / ROLLOUTS))
         if self.validation is not None:
             self.validation.restore(saved.validation)
         self.num_tokens, self.num_supervised, self._newest = saved.num_tokens, saved.num_supervised, saved.step
@@ -157,6 +163,8 @@ class Checkpoints:
                 "facts": {**self.facts, "num_ranks": size},
             }
             write_json(part / "progress.json", progress)
+            if self.written is not None and (state := self.written.state(step)):
+                save_file(state, part / ROLLOUTS)
         self.world.barrier()
         self.engine.save_state(part / "engine")
         save_file(_random(), part / f"random-{rank}.safetensors")

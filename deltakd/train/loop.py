@@ -7,7 +7,7 @@ alone leaves the others in a collective. The state of the last whole step is the
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice, tee
+from itertools import tee
 from typing import Protocol
 
 from deltakd.base.errors import DeltaKDError, PeerLost, Stopped
@@ -21,6 +21,11 @@ from deltakd.train.step import NotFinite, Scored, StepRecord, train_step
 from deltakd.train.validation import Sample, Validation, ValidationRecord
 
 Steps = Callable[[int], Iterator[list[PackedBatch]]]  # a rank's micro-batches from a step on, without end
+
+
+def never(step: int) -> bool:
+    """Say of every step that its batches are there whatever the weights are."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class TrainParts:
     validation: Validation | None = None
     stop: Callable[[], str | None] = lambda: None  # why this rank is asked to stop
     done: int = 0  # steps that a checkpoint holds
+    waits: Callable[[int], bool] = never  # whether a step's batches come of the weights before it
 
 
 class Recorder(Protocol):
@@ -61,10 +67,16 @@ class Task:
     batches: list[PackedBatch]
     alpha: float  # as far as it can be foretold
     held_out: bool = False
+    waits: bool = False  # nothing to compute: what follows is made of the weights as they then are
 
 
 def tasks(
-    steps: Steps, alpha: Alpha, num_steps: int, validation: Validation | None = None, done: int = 0
+    steps: Steps,
+    alpha: Alpha,
+    num_steps: int,
+    validation: Validation | None = None,
+    done: int = 0,
+    waits: Callable[[int], bool] = never,
 ) -> Iterator[Task]:
     """Yield everything that is still to be computed, in order."""
 
@@ -74,8 +86,11 @@ def tasks(
 
     if validation is not None and validation.last_step < done:  # stopped between a step and its validation
         yield from owed(done)
-    for step, batches in enumerate(islice(steps(done), num_steps - done), done + 1):
-        yield Task(step, batches, alpha.foretold(step))
+    made = steps(done)
+    for step in range(done + 1, num_steps + 1):
+        if waits(step):
+            yield Task(step, [], alpha.foretold(step), waits=True)
+        yield Task(step, next(made), alpha.foretold(step))
         yield from owed(step)
 
 
@@ -95,10 +110,11 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
     if parts.validation is not None and parts.validation.ended_at(parts.done):
         return parts.done
     # Two readers of one sequence: the references run ahead of the steps, across their boundaries.
-    work, upcoming = tee(tasks(parts.steps, parts.alpha, parts.num_steps, parts.validation, parts.done))
-    asked = ((batch, task.alpha) for task in upcoming for batch in task.batches)
-    scored = together(parts.world, parts.references.ahead(asked), parts.stop)
+    work, upcoming = tee(tasks(parts.steps, parts.alpha, parts.num_steps, parts.validation, parts.done, parts.waits))
+    scored = together(parts.world, parts.references.ahead(_asked(upcoming)), parts.stop)
     for task in work:
+        if task.waits:
+            continue
         try:
             _do(parts, task, scored, records)
         except Halt as halt:
@@ -116,6 +132,14 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
         if ends:
             return step
     return parts.done
+
+
+def _asked(tasks: Iterator[Task]) -> Iterator[tuple[PackedBatch, float] | None]:
+    """Yield each batch with its alpha, and None where nothing may be asked until all before it has been trained on."""
+    for task in tasks:
+        if task.waits:
+            yield None
+        yield from ((batch, task.alpha) for batch in task.batches)
 
 
 def _do(parts: TrainParts, task: Task, scored: Scored, records: Recorder | None) -> None:

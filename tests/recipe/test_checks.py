@@ -116,6 +116,21 @@ def test_a_sound_recipe_is_returned_once_as_it_is_and_once_per_train_stage():
         ),
         ("  validation: {path: org/rows, num_rows: 100}\n", "", "4: data.validation: missing, but pipeline.2.evaluate"),
         ("models:\n", "root: ~/x\nmodels:\n", "1: root: ~/x has a ~. Write /"),
+        (
+            "train: {}",
+            "train: {rollouts: {on_policy_fraction: 0.5}, objective: {sft_weight: 0.5}}",
+            "17: stage delta: rollouts.on_policy_fraction: 0.5, but objective.sft_weight is 0.5: the student would",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {on_policy_fraction: 0.5}, references: {from: cache}}",
+            "17: stage delta: rollouts.on_policy_fraction: 0.5, but a cache knows no answer before it is written.",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {on_policy_fraction: 0.5}, data: {supervise: all}}",
+            "17: stage delta: rollouts.on_policy_fraction: 0.5, but rows of which all is learnt have no prompt.",
+        ),
     ],
 )
 def test_settings_that_cannot_hold_together_are_refused_at_their_line(old, new, sentence):

@@ -62,6 +62,21 @@ def test_requests_run_ahead_of_the_batch_in_training_and_stop_at_the_slots(tmp_p
             assert len(taken) == min(9, number + 2)
 
 
+def test_what_stands_behind_a_none_is_looked_at_when_all_before_it_has_been_taken(tmp_path, models):
+    taken = []
+
+    def asked():
+        for number, pair in enumerate(batches(6), start=1):
+            if number == 4:
+                yield None
+            taken.append(number)
+            yield pair
+
+    with serving(tmp_path, {"teacher": models["teacher"]}), references(tmp_path) as service:
+        seen = [(number, max(taken)) for number, _ in enumerate(service.ahead(asked()), start=1)]
+    assert seen == [(1, 3), (2, 3), (3, 3), (4, 6), (5, 6), (6, 6)]
+
+
 def test_a_teacher_of_several_models_answers_with_the_one_that_was_asked(tmp_path, models):
     pair = {name: models[name] for name in ("teacher", "teacher_raw")}
     ((batch, alpha),) = batches(1)

@@ -1,0 +1,56 @@
+"""Students that write their own batches: with the weights of the right step, through kills, and on several ranks."""
+
+import signal
+
+import torch
+from safetensors.torch import load_file
+
+from deltakd.data.template import ChatTemplate
+from deltakd.data.tokenizer import load_tokenizer
+from deltakd.evaluate.generate import write_tokens
+from deltakd.evaluate.settings import SamplingSettings
+from deltakd.models.load import load_model
+from deltakd.models.settings import ModelsSettings, WeightsSettings
+from tests.run.running import ZERO_3, Running, curve, same_weights
+
+STEPS = 12
+WRITES = "rollouts={on_policy_fraction: 0.6, refresh_steps: 4, max_new_tokens: 12, batch_size: 4}"
+SETTINGS = (f"train.steps={STEPS}", "objective.divergence={name: reverse_kl}", "train.schedule=constant", WRITES)
+
+
+def test_what_is_trained_on_comes_of_the_weights_of_the_last_refresh(lab):
+    """Greedily, so that a model which was kept can be asked again; the teacher's process is asked two batches ahead."""
+    kept = ["checkpoints={every_steps: 1, keep_last: 20, models: true}", "teachers.look_ahead=2"]
+    lab.train("greedy", *SETTINGS, "rollouts.on_policy_fraction=1", "rollouts.temperature=0", *kept)
+    run = lab.folder / "runs" / "greedy"
+    state = load_file(run / "checkpoints" / "step-00000005" / "rollouts.safetensors")
+    assert sorted(set(state["steps"].tolist())) == [6, 7, 8]  # of four that the weights after step 4 have written
+    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
+    model = load_model("student", run / "models" / "step-00000004", settings).eval()
+    end_id = ChatTemplate(load_tokenizer(str(lab.folder / "student"))).end_of_turn_id
+    lengths = state["lengths"].tolist()
+    rows = zip(state["steps"].tolist(), state["tokens"].split(lengths), state["supervised"].split(lengths), strict=True)
+    rows = [(tokens[~learnt].tolist(), tokens[learnt].tolist()) for step, tokens, learnt in rows if step == 8]
+    asked = SamplingSettings(max_new_tokens=12, batch_size=4)
+    again = write_tokens(model, [prompt for prompt, _ in rows], end_id, asked)
+    assert len(rows) > 1 and again == [answer for _, answer in rows]
+
+
+def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_what_it_has_written(lab):
+    whole = curve(lab.train("on_policy", *SETTINGS))
+    written = lab.lines("on_policy", "rollouts.jsonl")
+    assert 1 <= len(written) <= 3 and all(line["tokens"] > 0 for line in written)
+    running = Running(lab, "on_policy_killed", *SETTINGS, "checkpoints.every_steps=1")
+    running.reaches(6)
+    running.is_sent(signal.SIGKILL, *[process.pid for process in running.family()])
+    assert curve(lab.train("on_policy_killed", *SETTINGS)) == whole
+    assert same_weights(lab, "on_policy_killed", "on_policy")
+    assert [line["step"] for line in lab.lines("on_policy_killed", "rollouts.jsonl")] == [
+        line["step"] for line in written
+    ]
+
+
+def test_two_students_write_and_learn_what_one_does(lab):
+    one = curve(lab.train("on_policy_one", *SETTINGS, ZERO_3, ranks=2))
+    two = curve(lab.train("on_policy_two", *SETTINGS, ZERO_3, ranks=3))
+    torch.testing.assert_close(torch.tensor(two), torch.tensor(one), rtol=1e-5, atol=1e-7)
