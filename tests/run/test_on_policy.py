@@ -2,6 +2,7 @@
 
 import signal
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -50,6 +51,7 @@ def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_what_it_has_written(l
     ]
 
 
+@pytest.mark.soak  # how ranks share the writing: tests/rollout
 def test_two_students_write_and_learn_what_one_does(lab):
     one = curve(lab.train("on_policy_one", *SETTINGS, ZERO_3, ranks=2))
     two = curve(lab.train("on_policy_two", *SETTINGS, ZERO_3, ranks=3))
