@@ -69,6 +69,7 @@ def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
     step.add_argument("--arms", default=",".join(ARMS), help=f"some of {', '.join(ARMS)}; default: all")
     step.add_argument("--steps", type=int, default=8, help="steps that are counted, a multiple of 4; default 8")
     step.add_argument("--rounds", type=int, default=3, help="turns that each arm takes; default 3")
+    step.add_argument("--seed", type=int, default=17, help="which rows the steps take; default 17")
     step.add_argument("--peak-tflops", type=float, help="of the device; default: a large product's, measured")
     growth = kind("growth", "bench/growth.json")
     growth.add_argument("--steps", type=int, default=3, help="steps that are counted at each point; default 3")
@@ -106,8 +107,8 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.measurement == "step":
         from deltakd.bench import step
 
-        arms, out = options.arms.split(","), options.out
-        step.bench(options.shape, options.data, arms, options.steps, options.rounds, options.peak_tflops, out)
+        arms, out, seed = options.arms.split(","), options.out, options.seed
+        step.bench(options.shape, options.data, arms, options.steps, options.rounds, options.peak_tflops, out, seed)
         return
     if options.measurement == "transport":
         from deltakd.bench import transport

@@ -26,7 +26,14 @@ from deltakd.bench.watched import WARM_UP, Watched, trainer, watch
 
 
 def bench(
-    shape: str, data: str | None, arms: Sequence[str], steps: int, rounds: int, peak: float | None, out: Path
+    shape: str,
+    data: str | None,
+    arms: Sequence[str],
+    steps: int,
+    rounds: int,
+    peak: float | None,
+    out: Path,
+    seed: int,
 ) -> None:
     """Measure the arms in turns, print the table and write JSON. Raises RunError if one fails."""
     if steps % WARM_UP:
@@ -38,7 +45,7 @@ def bench(
     use_threads()
     pair, folder = PAIRS[shape], out.with_suffix("") / shape
     recipe = make_pair(pair, data, folder)
-    common = [f"train.steps={steps + WARM_UP}"]
+    common = [f"train.steps={steps + WARM_UP}", f"seed={seed}"]
     cached: dict[str, float] = {}
     remove(folder / "runs" / "cache")
     for arm in arms:
@@ -57,6 +64,7 @@ def bench(
         "pair": {"name": shape, **{key: str(value) for key, value in vars(pair).items()}},
         "steps": steps,
         "rounds": rounds,
+        "seed": seed,
         "peak_flops": peak_flops,
         "frozen_products_s_per_supervised_token": products,
         "cache_s": cached,
