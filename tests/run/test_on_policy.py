@@ -38,13 +38,14 @@ def test_what_is_trained_on_comes_of_the_weights_of_the_last_refresh(lab):
 
 
 def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_what_it_has_written(lab):
-    whole = curve(lab.train("on_policy", *SETTINGS))
+    settings = (*SETTINGS, "references.from=in_process")  # one process, which starts no other
+    whole = curve(lab.train("on_policy", *settings))
     written = lab.lines("on_policy", "rollouts.jsonl")
     assert 1 <= len(written) <= 3 and all(line["tokens"] > 0 for line in written)
-    running = Running(lab, "on_policy_killed", *SETTINGS, "checkpoints.every_steps=1")
+    running = Running(lab, "on_policy_killed", *settings, "checkpoints.every_steps=1")
     running.reaches(6)
     running.is_sent(signal.SIGKILL, *[process.pid for process in running.family()])
-    assert curve(lab.train("on_policy_killed", *SETTINGS)) == whole
+    assert curve(lab.train("on_policy_killed", *settings)) == whole
     assert same_weights(lab, "on_policy_killed", "on_policy")
     assert [line["step"] for line in lab.lines("on_policy_killed", "rollouts.jsonl")] == [
         line["step"] for line in written
