@@ -17,15 +17,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from deltakd.base.errors import DataError, RecipeError, RunError
+from deltakd.base.errors import RecipeError, RunError
 from deltakd.base.files import write_json
 from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
 from deltakd.base.rundir import RunDirectory
 from deltakd.data.conversation import Conversation
-from deltakd.data.formats import read_row
 from deltakd.data.sources import identity as rows_identity
-from deltakd.data.sources import load_rows
 from deltakd.data.template import ChatTemplate
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import device_name
@@ -35,8 +33,9 @@ from deltakd.evaluate.settings import ResponsesSettings
 from deltakd.models.load import identity, load_model, resolve
 from deltakd.models.settings import WeightsSettings, role_key
 from deltakd.models.vocabulary import fingerprint
+from deltakd.recipe.held_out import conversations_of
 from deltakd.recipe.load import Loaded, load
-from deltakd.recipe.pipeline import launch_environment
+from deltakd.recipe.pipeline import failure, launch_environment
 from deltakd.recipe.schema import Recipe
 
 RULES_VERSION = 1  # raise it when the same question would get other responses
@@ -140,7 +139,10 @@ def _write(
 ) -> None:
     template = ChatTemplate(load_tokenizer(str(_weights(loaded, settings)), loaded.recipe.models.trust_remote_code))
     longest = max(1, loaded.recipe.data.max_tokens - 1)
-    encode = lambda one: template.encode_prompt(one.prompt, one.where)  # noqa: E731
+
+    def encode(one: Conversation) -> list[int]:
+        return template.encode_prompt(one.prompt, one.where)
+
     write_chunks(folder, conversations, encode, write, loaded.recipe.generation, longest, numbers, advance)
 
 
@@ -169,10 +171,7 @@ def _follow(
             child.wait()
     for log, child in zip(logs, children, strict=True):
         if child.returncode > 0:
-            said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
-            raise RunError(
-                said[-1].removeprefix("deltakd: ") if said else f"{folder}: a process failed. Look at {log}."
-            )
+            raise failure(folder.name, log, child.returncode)
     if missing := [number for number in range(count) if not there(folder, number)]:
         raise RunError(f"{folder}: {len(missing)} of {count} chunks are not there. Start the same command again.")
 
@@ -210,14 +209,7 @@ def _writer(loaded: Loaded, settings: ResponsesSettings, local_index: int) -> Wr
 
 
 def _conversations(recipe: Recipe, settings: ResponsesSettings) -> list[Conversation]:
-    source = settings.rows or recipe.data.train
-    if recipe.generation.num_prompts is not None:
-        source = source.model_copy(update={"num_rows": min(source.num_rows or 10**12, recipe.generation.num_prompts)})
-    rows = [read_row(row, recipe.data.format, where) for where, row in load_rows(source)]
-    conversations = [row for row in rows if isinstance(row, Conversation)]
-    if not conversations:
-        raise DataError(f"{source.path}: no conversation to draw a prompt from. Write data.format: messages or math.")
-    return conversations
+    return conversations_of(recipe, settings.rows or recipe.data.train, recipe.generation.num_prompts)
 
 
 def _question(loaded: Loaded, settings: ResponsesSettings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from deltakd.base.ranks import Role
 from deltakd.data.conversation import Conversation
 from deltakd.data.examples import ExampleSet
 from deltakd.data.formats import read_row
+from deltakd.data.settings import SourceSettings
 from deltakd.data.sources import load_rows
 from deltakd.data.stream import Stream
 from deltakd.data.template import ChatTemplate
@@ -24,7 +25,11 @@ from deltakd.train.validation import Prompts, Validation
 def held_out_conversations(recipe: Recipe, num_rows: int | None) -> list[Conversation]:
     """Read the first conversations of data.validation. Raises DataError if its rows are none."""
     assert recipe.data.validation is not None  # checked with the recipe
-    source = recipe.data.validation
+    return conversations_of(recipe, recipe.data.validation, num_rows)
+
+
+def conversations_of(recipe: Recipe, source: SourceSettings, num_rows: int | None) -> list[Conversation]:
+    """Read the first conversations of some rows. Raises DataError if the rows are none."""
     if num_rows is not None:
         source = source.model_copy(update={"num_rows": min(source.num_rows or 10**12, num_rows)})
     rows = [read_row(row, recipe.data.format, where) for where, row in load_rows(source)]

@@ -137,14 +137,14 @@ def _train_stage(name: str, overrides: Sequence[str], stage: str, num_processes:
     except KeyboardInterrupt:
         process.terminate()
         process.wait()
-        raise _failure(stage, log, EXIT_STOPPED) from None
+        raise failure(stage, log, EXIT_STOPPED) from None
     finally:
         # Interrupted: its ranks keep their state and end, whether they hear of it or only miss their launcher.
         process.terminate()
         process.wait()
     # A launcher's exit code does not prove success (a killed one may return 0): the run's own word does.
     if process.returncode != 0 or not is_finished(directory, recipe):
-        raise _failure(stage, log, process.returncode)
+        raise failure(stage, log, process.returncode)
     if not console.is_terminal and (last := directory.last_line("steps.jsonl")):
         console.print(f"{stage}: {last['step']} steps, {describe(last)}", soft_wrap=True)
     counts = ExampleCounts(**json.loads((directory.path / "run.json").read_text())["data"])
@@ -172,7 +172,7 @@ def _follow(process: "subprocess.Popen[bytes]", run: RunDirectory, stage: str, s
                 return
 
 
-def _failure(stage: str, log: Path, code: int) -> DeltaKDError:
+def failure(stage: str, log: Path, code: int) -> DeltaKDError:
     """Say why a stage failed: its own sentence if it left one, else where its log is."""
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
     if said:
