@@ -8,8 +8,9 @@ from torch import Tensor
 
 from deltakd.base.errors import LossError
 from deltakd.losses.frozen import TARGET, Reference
-from deltakd.losses.objectives import Objective, refuse_given, refuse_labels, refuse_missing
+from deltakd.losses.objectives import Objective
 from deltakd.losses.points import STUDENT, Sampled, TopK
+from deltakd.losses.refusals import refuse_given, refuse_labels, refuse_missing
 
 
 def refuse_unfit(
@@ -18,6 +19,7 @@ def refuse_unfit(
     references: Mapping[str, Reference],
     labels_N: Tensor | None,
     objective: Objective,
+    drawn: bool = False,
 ) -> None:
     """Raise LossError unless references and labels are there and have the student's tokens and vocabulary."""
     num_tokens, vocab_size = len(hidden_NH), len(head_VH)
@@ -30,7 +32,7 @@ def refuse_unfit(
         raise LossError(f"labels: missing, but sft_weight is {objective.settings.sft_weight:g}. Pass labels [N].")
     if labels_N is not None:
         refuse_labels(labels_N, num_tokens, vocab_size)
-    if not num_tokens:
+    if not num_tokens or not objective.reads_frozen(drawn):
         return
     given = references.get(TARGET)
     of_q = objective.weights[1] if given is not None and objective.needs else {}

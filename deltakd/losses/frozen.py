@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deltakd.losses.objectives import Frozen, Objective, lowest
+from deltakd.losses.objectives import Frozen, Objective
 from deltakd.losses.points import STUDENT, Sampled, TopK, mix
+from deltakd.losses.refusals import lowest
 from deltakd.losses.settings import Weights
 
 # What a frozen model says of N tokens: logits [N, >= V], or hidden states [N, H_m] and its head [>= V, H_m];
@@ -35,7 +36,7 @@ class FrozenChunks:
         dtype: torch.dtype,
     ) -> None:
         """Sum hidden states that share a head, and allocate the products' buffers; dtype is that of the sums."""
-        of_p, of_q = objective.weights if objective.needs else ({}, {})
+        of_p, of_q = objective.weights if objective.needs and references else ({}, {})
         self._given = references.get(TARGET)
         if self._given is not None:
             of_p = {} if isinstance(self._given, TopK | Sampled) else {TARGET: 1.0}

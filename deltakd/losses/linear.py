@@ -22,6 +22,7 @@ from deltakd.base.errors import LossError
 from deltakd.losses.fit import refuse_broken_heads, refuse_unfit
 from deltakd.losses.frozen import FrozenChunks, Reference
 from deltakd.losses.objectives import STATISTICS, Objective
+from deltakd.losses.policy import Draws
 
 __all__ = ["LinearLoss", "Reference", "linear_loss"]
 
@@ -46,8 +47,8 @@ class LinearLoss:
     """The sum over tokens, a float64 scalar with gradients, and what every token's loss is made of.
 
     `statistics` [len(STATISTICS), N] holds per token, in the order of `losses.objectives.STATISTICS`: loss,
-    cross-entropy, divergence, KL to the target, the student's and the target's entropy, and the mass of both on the
-    target's top k. NaN where an objective has no such number.
+    cross-entropy, policy loss, divergence, KL to the target, the student's and the target's entropy, and the mass of
+    both on the target's top k. NaN where an objective has no such number.
     """
 
     total: Tensor
@@ -71,6 +72,7 @@ def linear_loss(
     labels_N: Tensor | None,
     objective: Objective,
     chunk_tokens: int | None = None,
+    draws: Draws | None = None,
 ) -> LinearLoss:
     """Return the objective's sum over N tokens, with gradients for the student's hidden states and head.
 
@@ -79,16 +81,22 @@ def linear_loss(
     TopK or Sampled. The shared vocabulary is the number of rows of `head_VH`; wider references are cut to it before
     anything is normalised (mathematics: vocabulary). N may be 0: the total and the gradients are then 0,
     whatever the references. `chunk_tokens` (default: the objective's own) changes memory, not results.
+    `draws` [N]: the labels are tokens that the student drew.
 
     Raises LossError for references or labels that are missing, do not fit or are not numbers.
     """
-    refuse_unfit(hidden_NH, head_VH, references, labels_N, objective)
+    refuse_unfit(hidden_NH, head_VH, references, labels_N, objective, draws is not None)
     chunk_tokens = objective.chunk_tokens if chunk_tokens is None else chunk_tokens
     if type(chunk_tokens) is not int or chunk_tokens < 1:
         raise LossError(f"chunk_tokens: {chunk_tokens!r}. Write a whole number above 0.")
     if labels_N is None:
         labels_N = torch.zeros(len(hidden_NH), dtype=torch.int64, device=hidden_NH.device)
-    total, statistics = _LinearLoss.apply(hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens)
+    if draws is not None and {len(draws.log_probs), len(draws.weights), len(draws.advantages)} != {len(labels_N)}:
+        raise LossError(
+            f"draws: of {len(draws.log_probs):,} tokens, labels of {len(labels_N):,}. Pass the same tokens."
+        )
+    parts = (hidden_NH, head_VH, dict(references), labels_N, objective, chunk_tokens, draws)
+    total, statistics = _LinearLoss.apply(*parts)
     if not torch.isfinite(total):
         refuse_broken_heads(references)
     return LinearLoss(total, statistics)
@@ -104,6 +112,7 @@ class _LinearLoss(torch.autograd.Function):
         labels_N: Tensor,
         objective: Objective,
         chunk_tokens: int,
+        draws: Draws | None,
     ) -> tuple[Tensor, Tensor]:
         num_tokens, vocab_size = len(hidden_NH), len(head_VH)
         wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
@@ -116,7 +125,8 @@ class _LinearLoss(torch.autograd.Function):
             _keep_freed_memory()
             block = max(1, min(_BLOCK_ELEMENTS // vocab_size, chunk_tokens // 16))
         if num_tokens:  # a rank without supervised tokens asks nobody, and has no references
-            frozen = FrozenChunks(references, objective, vocab_size, chunk_tokens, wide)
+            reads = objective.reads_frozen(draws is not None)
+            frozen = FrozenChunks(references if reads else {}, objective, vocab_size, chunk_tokens, wide)
         logits = torch.empty(chunk_tokens, vocab_size, dtype=head_VH.dtype, device=head_VH.device)
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, num_tokens))
@@ -125,7 +135,9 @@ class _LinearLoss(torch.autograd.Function):
             for first in range(start, rows.stop, block):
                 few = slice(first, min(first + block, rows.stop))
                 own = chunk[first - start : few.stop - start]
-                token = objective.evaluate(own.to(wide), labels_N[few], frozen.rows(few))
+                token = objective.evaluate(
+                    own.to(wide), labels_N[few], frozen.rows(few), None if draws is None else draws[few]
+                )
                 for name, values in token.statistics.items():
                     statistics[STATISTICS.index(name), few] = values
                 own.copy_(token.grad_student)
@@ -148,7 +160,7 @@ class _LinearLoss(torch.autograd.Function):
         if not kept:
             ctx.grads = None
         grad_hidden, grad_head = scaled
-        return grad_hidden, None if grad_head is None else grad_head.to(ctx.head_dtype), *(None,) * 4
+        return grad_hidden, None if grad_head is None else grad_head.to(ctx.head_dtype), *(None,) * 5
 
 
 def _scale(grad: Tensor | None, factor: Tensor, in_place: bool) -> Tensor | None:

@@ -19,10 +19,12 @@ from deltakd.base.errors import LossError
 from deltakd.losses.block import read_block
 from deltakd.losses.divergences import DIVERGENCES, LOG_ZERO, Points, dot, nucleus
 from deltakd.losses.points import STUDENT, Sampled, TopK, log_probabilities, mix, restrict, widen
+from deltakd.losses.policy import Draws, policy_loss
+from deltakd.losses.policy_settings import PolicyGradient
+from deltakd.losses.refusals import lowest, refuse_labels, refuse_missing
 from deltakd.losses.settings import (
-    WITH_REVERSE_KL,
+    LOG_OF_TARGET,
     ObjectiveSettings,
-    TaidTarget,
     Weights,
     needed_references,
     point_weights,
@@ -33,6 +35,7 @@ from deltakd.losses.settings import (
 STATISTICS = (
     "loss",
     "cross_entropy",
+    "policy",
     "divergence",
     "kl_to_target",
     "student_entropy",
@@ -85,13 +88,23 @@ class Objective:
         now = {name for weights in self.weights for name, weight in weights.items() if weight and name != STUDENT}
         return needed | now if needed else needed
 
+    def reads_frozen(self, drawn: bool) -> bool:
+        """Tell whether the loss of tokens is taken from frozen models; that of drawn ones may be from advantages."""
+        policy = self.settings.policy_gradient
+        return bool(self.needs) and not (drawn and policy is not None and not policy.divergence_weight)
+
     @property
     def chunk_tokens(self) -> int:
         """For how many tokens logits exist at a time."""
         return self.settings.chunk_tokens
 
-    def evaluate(self, student: Tensor, labels: Tensor, frozen: Frozen) -> TokenLoss:
-        """Return the loss of n tokens and its gradient for the student's logits [n, V], float32 or float64."""
+    def evaluate(self, student: Tensor, labels: Tensor, frozen: Frozen, draws: Draws | None = None) -> TokenLoss:
+        """Return the loss of n tokens and its gradient for the student's logits [n, V], float32 or float64.
+
+        With `draws` the labels are tokens that the student drew, which learn by `policy_gradient` where that is set.
+        """
+        if draws is not None and self.settings.policy_gradient is not None:
+            return self._of_policy(student, labels, frozen, draws, self.settings.policy_gradient)
         sft_weight = self.settings.sft_weight
         log_student = torch.log_softmax(student, dim=-1)
         rows = torch.arange(len(labels), device=labels.device)
@@ -110,6 +123,26 @@ class Objective:
             grad = sft_weight * probabilities if grad is None else grad.add_(probabilities, alpha=sft_weight)
         assert grad is not None  # sft_weight is 1 or a divergence was taken
         return TokenLoss(parts, grad)
+
+    def _of_policy(
+        self, student: Tensor, labels: Tensor, frozen: Frozen, draws: Draws, settings: PolicyGradient
+    ) -> TokenLoss:
+        """Return the policy loss of drawn tokens, with `divergence_weight` of the divergence."""
+        log_student = torch.log_softmax(student, dim=-1)
+        rows = torch.arange(len(labels), device=labels.device)
+        log_q = log_student[rows, labels]
+        loss, slope = policy_loss(log_q, draws, settings)
+        probabilities = log_student.exp()
+        parts = {"cross_entropy": -log_q, "student_entropy": -dot(probabilities, log_student), "policy": loss}
+        grad = probabilities * -slope.unsqueeze(-1)
+        grad[rows, labels] += slope
+        if settings.divergence_weight:
+            more, of_divergence = self._divergence(student, log_student, probabilities, frozen)
+            parts |= more
+            loss = loss + settings.divergence_weight * self._factor * parts["divergence"]  # sft_weight is 0
+            grad.add_(of_divergence, alpha=settings.divergence_weight)
+        parts.setdefault("divergence", torch.zeros_like(loss))
+        return TokenLoss(parts | {"loss": loss}, grad)
 
     def _divergence(
         self, student: Tensor, log_student: Tensor, probabilities: Tensor, frozen: Frozen
@@ -159,7 +192,7 @@ class Objective:
             )
         if not some_q.all():
             log_p = restrict(log_p, kept)
-        if self.settings.divergence.name in WITH_REVERSE_KL and not some_p.all():
+        if self.settings.divergence.name in LOG_OF_TARGET and not some_p.all():
             log_q = restrict(log_q, kept)
         return log_p.clamp_min(LOG_ZERO), log_q.clamp_min(LOG_ZERO)
 
@@ -181,7 +214,9 @@ class Objective:
     def _factor(self) -> float:
         return self.settings.temperature**2 if self.settings.temperature_squared else 1.0
 
-    def per_token(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> Tensor:
+    def per_token(
+        self, logits: Mapping[str, Tensor], labels: Tensor | None = None, draws: Draws | None = None
+    ) -> Tensor:
         """Return the loss of each token [n], differentiable in `logits["student"]`.
 
         logits [n, V] by model name, `student` among them; float64 if the student's are, else float32. Raises LossError
@@ -191,6 +226,8 @@ class Objective:
         if student is None or student.dim() != 2 or not student.is_floating_point():
             raise LossError(f"student: logits [n, V] are missing or not of that form; given: {', '.join(logits)}.")
         if labels is None:
+            if draws is not None:
+                raise LossError("labels: missing. Pass the tokens that were drawn [n].")
             if self.settings.sft_weight > 0:
                 raise LossError(f"labels: missing, but sft_weight is {self.settings.sft_weight:g}. Pass labels [n].")
             labels = torch.zeros(len(student), dtype=torch.int64, device=student.device)
@@ -204,14 +241,16 @@ class Objective:
                 )
         target, beside = (mix(weights, used) for weights in self.weights)
         has_walls = any(lowest(name, values) == -torch.inf for name, values in used.items())
-        result: Tensor = _PerToken.apply(student, self, labels, Frozen(target, beside, has_walls))
+        result: Tensor = _PerToken.apply(student, self, labels, Frozen(target, beside, has_walls), draws)
         return result
 
 
 class _PerToken(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, objective: Objective, labels: Tensor, frozen: Frozen) -> Tensor:
-        result = objective.evaluate(widen(student), labels, frozen)
+    def forward(
+        ctx: Any, student: Tensor, objective: Objective, labels: Tensor, frozen: Frozen, draws: Draws | None
+    ) -> Tensor:
+        result = objective.evaluate(widen(student), labels, frozen, draws)
         ctx.save_for_backward(result.grad_student)
         ctx.dtype = student.dtype
         return result.statistics["loss"]
@@ -220,7 +259,7 @@ class _PerToken(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad_student,) = ctx.saved_tensors
-        return (grads[0].unsqueeze(-1) * grad_student).to(ctx.dtype), None, None, None
+        return (grads[0].unsqueeze(-1) * grad_student).to(ctx.dtype), *(None,) * 4
 
 
 def _of_draws(target: Sampled, log_q: Tensor, q: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -240,33 +279,6 @@ def _tail(target: TopK) -> Tensor:
     return widen(target.log_tail).unsqueeze(-1)
 
 
-def refuse_missing(needs: frozenset[str], given: Mapping[str, Any]) -> None:
-    """Raise LossError if a model that is needed is not given."""
-    for name in sorted(needs - set(given)):
-        raise LossError(f"{name}: missing. The objective needs {', '.join(sorted(needs))}; given: {', '.join(given)}.")
-
-
-def refuse_labels(labels: Tensor, num_tokens: int, vocab_size: int) -> None:
-    """Raise LossError unless there is one token of the vocabulary for every row of logits."""
-    if labels.shape != (num_tokens,) or labels.is_floating_point():
-        found = f"{labels.dtype} of shape {list(labels.shape)}"
-        raise LossError(f"labels: {found} for {num_tokens:,} tokens. Pass one whole number per supervised token.")
-    if num_tokens and (int(labels.min()) < 0 or int(labels.max()) >= vocab_size):
-        ends = f"{int(labels.min())} to {int(labels.max())}"
-        raise LossError(f"labels: {ends}, the vocabulary 0 to {vocab_size - 1}. Leave tokens without a label out.")
-
-
-def lowest(name: str, logits: Tensor) -> float:
-    """Return the lowest logit, -inf if a token is ruled out; raises LossError for NaN and +inf."""
-    if not logits.numel():
-        return 0.0
-    least, most = (float(end) for end in torch.aminmax(logits.detach()))
-    if not most < torch.inf:  # NaN is not below anything
-        bad = int((logits.isnan() | logits.isposinf()).sum())
-        raise LossError(f"{name}: {bad:,} of {logits.numel():,} logits are NaN or +inf. Look at the model.")
-    return least
-
-
 def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
     """Build an objective from a recipe's `objective:` block.
 
@@ -275,14 +287,3 @@ def objective(settings: Mapping[str, Any] | ObjectiveSettings) -> Objective:
     if not isinstance(settings, ObjectiveSettings):
         settings = read_block(settings)
     return Objective(settings, start_alpha(settings.target))
-
-
-def refuse_given(settings: ObjectiveSettings, target: object) -> None:
-    """Raise LossError if the objective cannot be taken from its target as it was given: summed, TopK or Sampled."""
-    if isinstance(settings.target, TaidTarget):
-        raise LossError("target: that of taid moves with the student, so it cannot be given. Give the teacher itself.")
-    if isinstance(target, Sampled) and (settings.divergence.name != "forward_kl" or settings.support is not None):
-        raise LossError(
-            f"target: draws estimate forward_kl over all tokens alone, not {settings.divergence.name}"
-            f"{'' if settings.support is None else ' on a support'}. Give a TopK or the logits."
-        )

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from deltakd.base.errors import LossError
 from deltakd.base.settings import Settings
+from deltakd.losses.policy_settings import PolicyGradient
 
 VERTICES = ("student", "teacher", "student_raw", "teacher_raw")
 DIRECTIONS = {"forward": "forward_kl", "reverse": "reverse_kl"}
@@ -135,8 +136,9 @@ class TaidTarget(Settings):
 class PlainDivergence(Settings):
     """A divergence without parameters."""
 
-    name: Literal["forward_kl", "reverse_kl", "tvd"] = Field(
-        description="forward_kl: KL(target, student). reverse_kl: KL(student, target). tvd: half of sum |p - q|."
+    name: Literal["forward_kl", "reverse_kl", "reverse_cross_entropy", "tvd"] = Field(
+        description="forward_kl: KL(target, student). reverse_kl: KL(student, target). reverse_cross_entropy: "
+        "reverse_kl without the student's entropy, -E_student[log target]. tvd: half of sum |p - q|."
     )
 
 
@@ -182,6 +184,7 @@ class Support(Settings):
 Target = TeacherTarget | DeltaTarget | MixtureTarget | ParallelogramTarget | TaidTarget
 Divergence = PlainDivergence | JsdDivergence | SkewDivergence | SymmetricDivergence | AdaptiveDivergence
 WITH_REVERSE_KL = ("reverse_kl", "symmetric_kl", "adaptive_kl")
+LOG_OF_TARGET = (*WITH_REVERSE_KL, "reverse_cross_entropy")  # infinite where the target rules a token out
 
 
 class ObjectiveSettings(Settings):
@@ -199,6 +202,9 @@ class ObjectiveSettings(Settings):
         None, gt=0.0, description="Clamp log(q/p) to this size in the gradient of reverse KL; null: never."
     )
     support: Support | None = Field(None, description="Restrict the divergence to some tokens; null: all of them.")
+    policy_gradient: PolicyGradient | None = Field(
+        None, description="Learn tokens that the student drew by their rewards; on all others the loss stays as above."
+    )
     chunk_tokens: int = Field(512, gt=0, description="Memory only: logits exist for this many tokens at a time.")
 
     @model_validator(mode="before")
@@ -218,6 +224,14 @@ class ObjectiveSettings(Settings):
                 f"{{name: {DIRECTIONS[direction]}}}, or give the vertex without variant and direction"
             )
         return given
+
+    @model_validator(mode="after")
+    def _draws_are_no_data(self) -> "ObjectiveSettings":
+        if self.policy_gradient is not None and self.sft_weight:
+            raise ValueError(
+                f"sft_weight is {self.sft_weight:g}, but policy_gradient learns the student's own tokens. Write 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _clips_something(self) -> "ObjectiveSettings":
@@ -280,6 +294,8 @@ def point_weights(target: Target, alpha: float) -> tuple[Weights, Weights]:
 
 def must_stay_apart(objective: ObjectiveSettings) -> str | None:
     """Say why frozen models cannot be summed into one target before they meet the student; None if they can."""
+    if objective.policy_gradient is not None:
+        return "its reward reads every model's own log-probabilities"
     of_p, of_q = point_weights(objective.target, start_alpha(objective.target) or 1.0)
     if "student" in of_p:
         return f"the target of {objective.target.name} moves with the student"
@@ -299,4 +315,6 @@ def needed_references(objective: ObjectiveSettings) -> frozenset[str]:
     if schedule is not None:
         alphas.add(schedule.end)
     points = [weights for alpha in alphas for weights in point_weights(objective.target, alpha)]
+    if objective.policy_gradient is not None:
+        points.append(objective.policy_gradient.reward)
     return frozenset(name for weights in points for name, weight in weights.items() if weight and name != "student")

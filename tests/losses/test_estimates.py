@@ -87,7 +87,7 @@ def test_a_target_without_mass_outside_its_top_k_and_a_student_without_any_there
 def test_a_student_equal_to_the_target_is_at_zero_whatever_the_k(case):
     hidden, head, _ = case
     log_p = torch.log_softmax(hidden @ head.T, -1).detach()
-    for divergence in DIVERGENCES:
+    for divergence in set(DIVERGENCES) - {"reverse_cross_entropy"}:  # that is an entropy there
         result = linear_loss(hidden, head, {"target": top_k(log_p, 4)}, None, objective({"divergence": divergence}))
         grads = torch.autograd.grad(result.total, (hidden, head))
         assert abs(result.total.item()) < 1e-12

@@ -70,6 +70,7 @@ def plain_divergence(name: str, log_p: Tensor, log_q: Tensor) -> Tensor:
         "skew_kl": lambda: kl(log_p, (0.2 * p + 0.8 * q).log()),
         "skew_reverse_kl": lambda: kl(log_q, (0.2 * q + 0.8 * p).log()),
         "symmetric_kl": lambda: 0.3 * kl(log_p, log_q) + 0.7 * kl(log_q, log_p),
+        "reverse_cross_entropy": lambda: -(q * log_p).sum(-1),
         "tvd": lambda: 0.5 * (p - q).abs().sum(-1),
         "adaptive_kl": adaptive,
     }[name]()
