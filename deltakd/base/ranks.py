@@ -6,9 +6,11 @@ who serves, so every rank comes to the same answer without a message. Teachers n
 
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from deltakd.base.errors import RunError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class World(Protocol):
     def any(self, flag: bool) -> bool:
         """Tell every rank whether the flag is set on one of them."""
 
-    def gather(self, values: list[int]) -> list[list[int]]:
+    def gather(self, values: T) -> list[T]:
         """Return every rank's values, on every rank."""
 
     def barrier(self) -> None:
@@ -153,7 +155,7 @@ class SoloWorld:
     def any(self, flag: bool) -> bool:
         return flag
 
-    def gather(self, values: list[int]) -> list[list[int]]:
+    def gather(self, values: T) -> list[T]:
         return [values]
 
     def barrier(self) -> None:
@@ -181,8 +183,8 @@ class TorchWorld:
     def any(self, flag: bool) -> bool:
         return self.sum([float(flag)])[0] > 0
 
-    def gather(self, values: list[int]) -> list[list[int]]:
-        told: list[list[int]] = [[]] * self.size
+    def gather(self, values: T) -> list[T]:
+        told: list[Any] = [None] * self.size
         self._distributed.all_gather_object(told, values)
         return told
 

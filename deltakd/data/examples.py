@@ -17,10 +17,15 @@ from deltakd.base.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens int32 [L]; supervised bool [L]: token i is a label, predicted from the tokens before it; never token 0."""
+    """Tokens int32 [L]; supervised bool [L]: token i is a label, predicted from the tokens before it; never token 0.
+
+    Of tokens that a student drew, `draws` float32 [2, supervised] may say their log-probabilities when it did, and
+    their importance weights.
+    """
 
     tokens: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    draws: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)

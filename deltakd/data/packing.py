@@ -7,11 +7,13 @@ and `labels` as they are. How a model lays the documents out (packed or padded) 
 T tokens, S documents, N supervised positions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltakd.data.examples import Example
@@ -19,10 +21,12 @@ from deltakd.data.examples import Example
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One rank's micro-batch, on the CPU, all int64.
+    """One rank's micro-batch, on the CPU, all int64 but `draws`.
 
     tokens [T]; positions [T] from 0 in each document; starts [S+1], the last is T; supervised [N], the positions that
-    predict a label; labels [N], what they predict.
+    predict a label; labels [N], what they predict. draws float32 [3, N], of labels that a student drew: their
+    log-probabilities when it did, importance weights and advantages, 0 until they are known. `corpus_weight` marks
+    plain text that is learnt beside a method's own tokens, by cross-entropy alone.
     """
 
     tokens: Tensor
@@ -30,6 +34,13 @@ class PackedBatch:
     starts: Tensor
     supervised: Tensor
     labels: Tensor
+    draws: Tensor | None = None
+    corpus_weight: float | None = None
+
+    @property
+    def asks(self) -> bool:
+        """Whether frozen models are asked about it."""
+        return bool(self.num_supervised) and self.corpus_weight is None
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +54,12 @@ class PackedBatch:
         """Return the batch on a device."""
         if device == "cpu":
             return self
-        return PackedBatch(*(getattr(self, part.name).to(device, non_blocking=True) for part in fields(self)))
+        moved: dict[str, Any] = {name: part.to(device, non_blocking=True) for name, part in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its arrays by name."""
+        return {name: part for name, part in vars(self).items() if isinstance(part, Tensor)}
 
 
 def pack(examples: Sequence[Example]) -> PackedBatch:
@@ -51,6 +67,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
     lengths = np.array([len(example.tokens) for example in examples], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)])
     tokens = np.concatenate([example.tokens for example in examples]).astype(np.int64)
+    drawn = [example.draws for example in examples if example.draws is not None]
     learnt = np.flatnonzero(np.concatenate([example.supervised for example in examples]))
     if np.isin(learnt, starts).any():  # the position before is another document's
         raise ValueError("the first token of an example cannot be supervised: nothing before it predicts it")
@@ -60,7 +77,13 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         starts=torch.from_numpy(starts),
         supervised=torch.from_numpy(learnt - 1),
         labels=torch.from_numpy(tokens[learnt]),
+        draws=torch.from_numpy(np.concatenate([*_with_advantages(drawn)], axis=1)) if drawn else None,
     )
+
+
+def _with_advantages(drawn: Sequence[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+    for one in drawn:
+        yield np.concatenate([one, np.zeros_like(one[:1])])
 
 
 def blank_batch(token_id: int = 0) -> PackedBatch:

@@ -18,11 +18,21 @@ class SourceSettings(Settings):
     skip_rows: int = Field(0, ge=0, description="Leave out the first rows, where validation takes them.")
 
 
+class CorpusSettings(SourceSettings):
+    """Plain text that is learnt beside a method's own tokens, so that language is not forgotten (MiniLLM, DistiLLM)."""
+
+    weight: float = Field(1.0, gt=0, description="Of its mean cross-entropy in the loss of a step.")
+    tokens_per_step: int | None = Field(None, gt=1, description="Beside each step; null: train.tokens_per_step.")
+
+
 class DataSettings(Settings):
     """Rows to tokens: format, template, length and layout, the same for every model of a run."""
 
     train: SourceSettings
     validation: SourceSettings | None = Field(None, description="Held-out rows for evaluation, none of train.")
+    corpus: CorpusSettings | None = Field(
+        None, description="Rows of text, or of `format`, learnt whole and by cross-entropy alone beside every step."
+    )
     format: Literal["messages", "math", "text"] = Field(
         "messages",
         description="messages: rows with `messages` [{role, content}]. math: `problem`, `generated_solution`, "

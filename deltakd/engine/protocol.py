@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from deltakd.base.errors import RunError
 from deltakd.base.files import put_in_place, remove
 from deltakd.losses.linear import LinearLoss, Reference, linear_loss
-from deltakd.losses.objectives import Objective
+from deltakd.losses.objectives import Objective, objective
+from deltakd.losses.policy import Draws
 from deltakd.models.forward import Batch, Layout, TokenBatch, head_weight, supervised_hidden
+
+PLAIN = objective({"sft_weight": 1.0})
 
 
 class TrainBatch(Batch, Protocol):
@@ -27,6 +30,14 @@ class TrainBatch(Batch, Protocol):
     @property
     def labels(self) -> Tensor:
         """The token that each supervised position predicts [N]."""
+
+    @property
+    def draws(self) -> Tensor | None:
+        """Of labels that the student drew: log-probabilities then, importance weights and advantages [3, N]."""
+
+    @property
+    def corpus_weight(self) -> float | None:
+        """A number where it is plain text, learnt by cross-entropy alone."""
 
 
 class StudentModule(nn.Module):
@@ -48,20 +59,24 @@ class StudentModule(nn.Module):
         labels: Tensor,
         references: Mapping[str, Reference],
         alpha: float,
+        draws: Tensor | None = None,
+        is_plain: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Return a LinearLoss's parts; a batch without supervised tokens gives 0 and still runs every layer."""
         hidden_NH = supervised_hidden(self.model, TokenBatch(tokens, positions, starts, supervised), self._layout)
         head_VH = head_weight(self.model)
         if len(head_VH) != self._vocab_size:
             head_VH = head_VH[: self._vocab_size]
-        result = linear_loss(hidden_NH, head_VH, references, labels, self._objective.at(alpha))
+        own = PLAIN if is_plain else self._objective.at(alpha)
+        drawn = None if draws is None else Draws(*draws)
+        result = linear_loss(hidden_NH, head_VH, references, labels, own, self._objective.chunk_tokens, drawn)
         return result.total, result.statistics
 
 
 def run_module(module: Any, batch: TrainBatch, references: Mapping[str, Reference], alpha: float) -> LinearLoss:
     """Call a wrapped StudentModule."""
     parts = (batch.tokens, batch.positions, batch.starts, batch.supervised, batch.labels)
-    return LinearLoss(*module(*parts, dict(references), alpha))
+    return LinearLoss(*module(*parts, dict(references), alpha, batch.draws, batch.corpus_weight is not None))
 
 
 @contextmanager

@@ -5,12 +5,22 @@ Prompts are batched by length, so little of a batch is padding, and put back int
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from deltakd.evaluate.settings import SamplingSettings
+
+
+class Draw(Protocol):
+    """Turns a model's logits [B, V] after tokens [B, L] into those that are drawn from, and keeps what it saw."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the logits that the next token is drawn from."""
+
+    def known(self, sequences: Tensor) -> Tensor:
+        """Return what is known of every drawn token [2, B, new], once all are drawn."""
 
 
 @dataclass(frozen=True)
@@ -53,24 +63,49 @@ def write_tokens(
     synced: bool = False,
 ) -> list[list[int]]:
     """Return the tokens of each prompt's answer, with the one that ends its turn if it came; else as `generate`."""
+    return [tokens for tokens, _ in draw_tokens(model, prompts, end_id, settings, advance, synced)]
+
+
+@torch.no_grad()
+def draw_tokens(
+    model: Any,
+    prompts: Sequence[list[int]],
+    end_id: int,
+    settings: SamplingSettings,
+    advance: Callable[[int], object] = lambda _: None,
+    synced: bool = False,
+    observe: Callable[[Tensor], Draw] | None = None,
+) -> list[tuple[list[int], Tensor | None]]:
+    """Return the tokens of each prompt's answer as `write_tokens`, and what is known of each token [2, tokens].
+
+    `observe` makes from the prompts' mask [B, longest prompt] what draws a batch (drawing.py); without it nothing is
+    known.
+    """
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
-    answers: list[list[int]] = [[]] * len(prompts)
+    answers: list[tuple[list[int], Tensor | None]] = [([], None)] * len(prompts)
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         for first in range(0, len(order), settings.batch_size):
             chosen = order[first : first + settings.batch_size]
-            written = _generate_batch(model, [prompts[index] for index in chosen], end_id, settings, synced)
-            for index, tokens in zip(chosen, written.tolist(), strict=True):
-                answers[index] = tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
+            asked = [prompts[index] for index in chosen]
+            written, known = _generate_batch(model, asked, end_id, settings, synced, observe)
+            for row, (index, tokens) in enumerate(zip(chosen, written.tolist(), strict=True)):
+                tokens = tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
+                answers[index] = tokens, None if known is None else known[:, row, : len(tokens)]
             advance(len(chosen))
     return answers
 
 
 def _generate_batch(
-    model: Any, prompts: list[list[int]], end_id: int, settings: SamplingSettings, synced: bool
-) -> Tensor:
-    """Return the tokens written after each prompt [B, at most max_new_tokens]."""
-    from transformers import GenerationConfig
+    model: Any,
+    prompts: list[list[int]],
+    end_id: int,
+    settings: SamplingSettings,
+    synced: bool,
+    observe: Callable[[Tensor], Draw] | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the tokens written after each prompt [B, at most max_new_tokens], and what is known of them."""
+    from transformers import GenerationConfig, LogitsProcessorList
 
     device = next(model.parameters()).device
     length = max(map(len, prompts))
@@ -87,12 +122,17 @@ def _generate_batch(
         pad_token_id=end_id,
         **sampling,
     )
+    draw = observe(mask) if observe is not None else None
     # A model's own generation_config could bring sampling or a repetition penalty that the recipe does not name.
     own, model.generation_config = model.generation_config, config
     try:
         written: Tensor = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            synced_gpus=synced,
+            logits_processor=LogitsProcessorList([draw] if draw is not None else []),
         )
     finally:
         model.generation_config = own  # which an export writes down
-    return written[:, length:]
+    return written[:, length:], None if draw is None else draw.known(written)

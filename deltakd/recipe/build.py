@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from deltakd.base.files import write_json
 from deltakd.base.ranks import Role, SoloWorld, World
 from deltakd.base.rundir import BEST_STEP, RunDirectory
+from deltakd.data.corpus import with_corpus
 from deltakd.data.examples import ExampleSet
 from deltakd.data.packing import PackedBatch
 from deltakd.data.stream import Stream
@@ -29,7 +30,7 @@ from deltakd.models.load import choose_attention, load_head, load_model
 from deltakd.models.lora import add_lora
 from deltakd.models.settings import ModelsSettings, role_key
 from deltakd.recipe.held_out import build_validation
-from deltakd.recipe.inputs import Inputs
+from deltakd.recipe.inputs import Inputs, read_corpus
 from deltakd.recipe.rollouts import build_rollouts
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
@@ -39,8 +40,9 @@ from deltakd.teacher.members import Members
 from deltakd.teacher.messages import PROTOCOL, Terms
 from deltakd.teacher.payloads import FrozenFacts, FrozenModels
 from deltakd.teacher.references import InProcessReferences, NoReferences, References
+from deltakd.train.advantages import Advantages
 from deltakd.train.checkpoints import Checkpoints, Saved
-from deltakd.train.loop import TrainParts, never, tasks
+from deltakd.train.loop import Steps, TrainParts, never, tasks
 from deltakd.train.schedule import schedule
 
 CHECKED_BATCHES = 1000  # of a cache, before the first step; the others are found missing when they are needed
@@ -88,13 +90,13 @@ def build_arena(inputs: Inputs, role: Role, scratch: Path) -> Arena:
     return make_arena(scratch, role.rank, frozen_facts(inputs), inputs.spec, _service_settings(inputs.recipe))
 
 
-def build_stream(recipe: Recipe, examples: ExampleSet, role: Role) -> Stream:
-    """Return a student rank's micro-batches."""
+def build_stream(recipe: Recipe, examples: ExampleSet, role: Role, tokens_per_step: int | None = None) -> Stream:
+    """Return a student rank's micro-batches; a step's tokens are the recipe's unless they are given."""
     train = recipe.train
     return Stream(
         examples,
         recipe.seed,
-        train.tokens_per_step,
+        tokens_per_step or train.tokens_per_step,
         role.rank,
         role.num_students,
         train.tokens_per_micro_batch,
@@ -137,8 +139,9 @@ def build_parts(
         references = _build_cached(inputs, device_name(role.local_index), planned(inputs, examples, role))
     engine = build_engine(inputs, role, saved)
     alpha = alpha_over_steps(recipe.objective.target, train.steps)
+    policy = recipe.objective.policy_gradient
     keep = validation = written = None
-    if recipe.rollouts.on_policy_fraction:
+    if recipe.rollouts.are_written:
         written = build_rollouts(inputs, examples, batches, role, world, engine, run)
     if run is not None:
         validation = build_validation(inputs, role, stream, partial(_keep_best, run, engine, inputs, role))
@@ -151,8 +154,10 @@ def build_parts(
         world,
         engine,
         references=references or _build_references(inputs, engine.device, service, stop),
-        steps=written.steps if written is not None else batches.steps,
+        steps=_beside_corpus(inputs, stream, written.steps if written is not None else batches.steps),
         waits=written.waits if written is not None else never,
+        heard=written.observe if written is not None else lambda loss: None,
+        advantages=Advantages(policy, world, inputs.vocab_size) if policy is not None else None,
         schedule=schedule(train),
         alpha=alpha,
         num_steps=train.steps,
@@ -161,6 +166,16 @@ def build_parts(
         stop=stop,
         done=saved.step if saved is not None else 0,
     )
+
+
+def _beside_corpus(inputs: Inputs, stream: Callable[..., Stream], steps: Steps) -> Steps:
+    """Return the steps with plain text beside them, where the recipe has some."""
+    corpus = inputs.recipe.data.corpus
+    if corpus is None:
+        return steps
+    rows = read_corpus(inputs.recipe, inputs.tokenizer)
+    beside = stream(rows, tokens_per_step=corpus.tokens_per_step)
+    return with_corpus(steps, beside, corpus.weight)
 
 
 def _keep_best(run: RunDirectory, engine: Engine, inputs: Inputs, role: Role, step: int) -> None:

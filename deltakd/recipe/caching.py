@@ -73,7 +73,7 @@ def _asked(inputs: Inputs, num_students: int) -> Iterator[Asked]:
     for rank in range(num_students):
         role = assign_role(Placement(rank, num_students, rank, num_students), 0)
         for batch, alpha in planned(inputs, examples, role):
-            for name in asked_names(spec, facts) if batch.num_supervised else []:
+            for name in asked_names(spec, facts) if batch.asks else []:
                 size = spec.num_bytes(batch.num_supervised, hidden_size(name, facts))
                 yield record_key(name, batch, alpha, spec), batch, alpha, size
 

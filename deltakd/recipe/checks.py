@@ -11,6 +11,7 @@ from deltakd.base.errors import RecipeError
 from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.settings import role_key
 from deltakd.recipe.load import Loaded, load
+from deltakd.recipe.own_tokens import check_own_tokens
 from deltakd.recipe.paths import row_range, same_rows_source
 from deltakd.recipe.schema import CompareSettings, Recipe
 
@@ -41,7 +42,7 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     _check_lengths(recipe, where)
     _check_schedule(recipe, where)
     _check_validation(recipe, where)
-    _check_rollouts(recipe, where)
+    check_own_tokens(recipe, where)
     _check_profile(recipe, where)
     _check_rows_apart(recipe, where)
     _check_labels(recipe.evaluation.kept, "evaluation.kept", where)
@@ -60,12 +61,16 @@ def _check_references(recipe: Recipe, where: Where) -> None:
     for role in sorted(needed_references(recipe.objective) - set(known)):
         kind, _, name = role.partition(".")
         if kind not in ("teacher", "teacher_raw"):
+            reward = recipe.objective.policy_gradient
+            key = "policy_gradient.reward" if reward is not None and role in reward.reward else "target.weights"
             raise RecipeError(
-                f"{where('objective.target.weights')}: {role} is no frozen model. "
+                f"{where(f'objective.{key}')}: {role} is no frozen model. "
                 f"Write one of {', '.join(known)}, or teacher.NAME with models.teachers."
             )
+        policy = recipe.objective.model_copy(update={"policy_gradient": None})
+        reader = f"the target {recipe.objective.target.name}" if role in needed_references(policy) else "the reward"
         raise RecipeError(
-            f"{where(role_key(role))}: missing, but the target {recipe.objective.target.name} reads it. "
+            f"{where(role_key(role))}: missing, but {reader} reads it. "
             f"Write {name or role}: {{weights: FOLDER or hub id}}, or objective.sft_weight: 1.0 to train without."
         )
 
@@ -193,22 +198,6 @@ def _check_schedule(recipe: Recipe, where: Where) -> None:
             f"{where('train.warmup_steps')}: {train.warmup_steps:,} steps of warm-up leave none of train.steps, "
             f"{train.steps:,}. Write {train.steps - 1:_} or less."
         )
-
-
-def _check_rollouts(recipe: Recipe, where: Where) -> None:
-    """Refuse what cannot be had of answers that the student writes while it trains."""
-    if not recipe.rollouts.on_policy_fraction:
-        return
-    place = f"{where('rollouts.on_policy_fraction')}: {recipe.rollouts.on_policy_fraction:g}"
-    if recipe.references.source == "cache":
-        raise RecipeError(f"{place}, but a cache knows no answer before it is written. Write references.from: service.")
-    if recipe.objective.sft_weight:
-        raise RecipeError(
-            f"{place}, but objective.sft_weight is {recipe.objective.sft_weight:g}: the student would learn its own "
-            "answers as if they were data. Write sft_weight: 0."
-        )
-    if recipe.data.format == "text" or recipe.data.supervise == "all":
-        raise RecipeError(f"{place}, but rows of which all is learnt have no prompt. Write data.supervise: assistant.")
 
 
 def _check_rows_apart(recipe: Recipe, where: Where) -> None:

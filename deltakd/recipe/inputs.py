@@ -10,6 +10,8 @@ import torch
 
 from deltakd.base.errors import RecipeError
 from deltakd.data.examples import ExampleSet, drop_validation
+from deltakd.data.settings import SourceSettings
+from deltakd.data.sources import load_rows
 from deltakd.data.tokenise import build_examples
 from deltakd.data.tokenizer import load_tokenizer
 from deltakd.losses.settings import must_stay_apart, needed_references
@@ -91,6 +93,17 @@ def read_inputs(recipe: Recipe, where: Where) -> Inputs:
     return Inputs(
         recipe, where, student, frozen, tokenizer, fingerprint(tokenizer), shared_vocabulary(heads, len(tokenizer))
     )
+
+
+def read_corpus(recipe: Recipe, tokenizer: Any) -> ExampleSet:
+    """Tokenise the rows of plain text that are learnt beside the steps; whether they hold `text` shows in the first."""
+    corpus = recipe.data.corpus
+    assert corpus is not None  # asked for where there is one
+    source = SourceSettings(**corpus.model_dump(include=set(SourceSettings.model_fields)))
+    _, first = next(iter(load_rows(source)))
+    form = "text" if "text" in first else recipe.data.format
+    data = recipe.data.model_copy(update={"format": form, "supervise": "all"})
+    return build_examples(data, source, tokenizer, Path(recipe.root) / "tokens", progress=False)
 
 
 def read_examples(recipe: Recipe, tokenizer: Any, progress: bool) -> ExampleSet:

@@ -1,6 +1,8 @@
 """The part of a student rank that writes its own batches: a whole copy of the student, and who refreshes it."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from deltakd.data.examples import ExampleSet
 from deltakd.data.stream import Stream
 from deltakd.data.template import ChatTemplate
 from deltakd.engine.protocol import Engine
-from deltakd.evaluate.generate import write_tokens
+from deltakd.evaluate.drawing import Drawing
+from deltakd.evaluate.generate import draw_tokens
 from deltakd.models.load import load_model
 from deltakd.recipe.inputs import Inputs
+from deltakd.rollout.mixture import Mixture
 from deltakd.rollout.stream import Rollouts
+from deltakd.rollout.writing import Answer, Writer
 
 
 def build_rollouts(
@@ -33,18 +38,35 @@ def build_rollouts(
     copy: Any = load_model(inputs.where("models.student.weights"), inputs.student, plain).to(engine.device).eval()
     weights = dict(copy.named_parameters())
     end_id = ChatTemplate(inputs.tokenizer).end_of_turn_id
+    is_known = recipe.objective.policy_gradient is not None
+    observe = None
+    if is_known or settings.teacher_mix:
+        teacher = _load_teacher(inputs, engine.device) if settings.teacher_mix else None
+        observe = partial(Drawing, vocab_size=inputs.vocab_size, teacher=teacher, share=settings.teacher_mix)
 
     @torch.no_grad()
     def refresh() -> None:
         for name, whole in engine.gather(everywhere=True).items():
             weights[name].copy_(whole)
 
-    def write(prompts: Sequence[list[int]], most: int, seed: int) -> list[list[int]]:
+    def write(prompts: Sequence[list[int]], most: int, seed: int) -> list[Answer]:
         own = settings.model_copy(update={"max_new_tokens": most, "seed": seed})
-        return write_tokens(copy, prompts, end_id, own)
+        drawn = draw_tokens(copy, prompts, end_id, own, observe=observe)
+        kept = (known.cpu().numpy() if known is not None and is_known else None for _, known in drawn)
+        return [Answer(tokens, known) for (tokens, _), known in zip(drawn, kept, strict=True)]
 
     def record(facts: Mapping[str, Any]) -> None:
         if run is not None and role.rank == 0:
             run.append(ROLLOUTS, facts)
 
-    return Rollouts(stream, examples, settings, recipe.seed, recipe.data.max_tokens, world, refresh, write, record)
+    writer = Writer(settings, recipe.seed, recipe.data.max_tokens, world, write)
+    mixture = Mixture(settings, recipe.seed, recipe.train.steps)
+    return Rollouts(stream, examples, settings, recipe.seed, mixture, writer, refresh, record)
+
+
+def _load_teacher(inputs: Inputs, device: str) -> Any:
+    """Load the teacher beside the student that draws with it; each rank has one."""
+    facts = inputs.frozen["teacher"]
+    in_8bit = inputs.recipe.models.roles["teacher"].load_in_8bit
+    model: Any = load_model(inputs.where("models.teacher.weights"), Path(facts.weights), inputs.recipe.models, in_8bit)
+    return model.requires_grad_(False).to(device).eval()

@@ -27,7 +27,7 @@ from deltakd.losses.frozen import Reference
 from deltakd.models.forward import Batch
 from deltakd.teacher.messages import Terms, batch_digest
 from deltakd.teacher.payloads import FrozenFacts, PayloadSpec, hidden_size, unpack_payload
-from deltakd.teacher.references import B, NeverShort, Payloads, asked_names, batch_bytes
+from deltakd.teacher.references import AskedBatch, B, NeverShort, Payloads, asked_names, batch_bytes
 
 SHARD_BYTES = 2**30
 Key = tuple[str, str, float]  # whose payload, digest of the tokens, alpha where the payload depends on it
@@ -174,17 +174,17 @@ class CachedReferences(NeverShort):
         if not self._records:
             raise TeacherError(f"{folder}: no payloads. Run `deltakd cache` with this recipe first.")
 
-    def refuse_missing(self, batches: Iterable[tuple[Batch, float]]) -> None:
+    def refuse_missing(self, batches: Iterable[tuple[AskedBatch, float]]) -> None:
         """Raise TeacherError if one of these batches has no payload."""
         for batch, alpha in batches:
-            for name in asked_names(self._spec, self._models) if len(batch.supervised) else []:
+            for name in asked_names(self._spec, self._models) if batch.asks else []:
                 self._find(name, batch, alpha)
 
     def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
         """Yield each batch with its payloads, checked by their checksums as they are read."""
         names = asked_names(self._spec, self._models)
         for batch, alpha in filter(None, batches):
-            yield batch, {name: self._read(name, batch, alpha) for name in names} if len(batch.supervised) else {}
+            yield batch, {name: self._read(name, batch, alpha) for name in names} if batch.asks else {}
 
     def _find(self, name: str, batch: Batch, alpha: float) -> Record:
         record = self._records.get(record_key(name, batch, alpha, self._spec))

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from deltakd.base.errors import RunError, Stopped, TeacherError
 from deltakd.losses.frozen import Reference
-from deltakd.models.forward import Batch
 from deltakd.teacher.accounts import Accounts
 from deltakd.teacher.arena import Arena, slot_bytes_for
 from deltakd.teacher.members import Member, Members
 from deltakd.teacher.messages import Failed, Score, Scored, ask_again, batch_digest
 from deltakd.teacher.payloads import FrozenFacts, PayloadSpec, hidden_size, unpack_payload
-from deltakd.teacher.references import B, Payloads, asked_names, batch_bytes, bursts
+from deltakd.teacher.references import AskedBatch, B, Payloads, asked_names, batch_bytes, bursts
 
 POLL_S = 0.1
 BOARD_S = 1.0
@@ -140,8 +139,8 @@ class ServiceReferences:
             yield batch, {request.score.model: self._read(request) for request in requests}
             self._free.extend(request.score.slot for request in requests)
 
-    def _ask(self, batch: Batch, alpha: float) -> list[Request]:
-        if not len(batch.supervised):
+    def _ask(self, batch: AskedBatch, alpha: float) -> list[Request]:
+        if not batch.asks:
             return []
         parts = batch_bytes(batch)
         digest = batch_digest(*parts)

@@ -15,7 +15,16 @@ from deltakd.models.forward import Batch
 from deltakd.teacher.messages import batch_digest
 from deltakd.teacher.payloads import FrozenModels, PayloadSpec, read_payload
 
-B = TypeVar("B", bound=Batch)
+
+class AskedBatch(Batch, Protocol):
+    """A batch that may be no business of frozen models."""
+
+    @property
+    def asks(self) -> bool:
+        """Whether frozen models are asked about it: there are supervised tokens, and an objective that needs them."""
+
+
+B = TypeVar("B", bound=AskedBatch)
 T = TypeVar("T")
 
 # What the loss reads of the N supervised tokens of a batch, by model, or of the whole target.
@@ -60,7 +69,7 @@ class InProcessReferences(NeverShort):
     def ahead(self, batches: Iterable[tuple[B, float] | None]) -> Iterator[tuple[B, Payloads]]:
         names = asked_names(self._frozen.spec, self._frozen.models)
         for batch, alpha in filter(None, batches):
-            yield batch, {name: self._ask(name, batch, alpha) for name in names} if len(batch.supervised) else {}
+            yield batch, {name: self._ask(name, batch, alpha) for name in names} if batch.asks else {}
 
     def _ask(self, name: str, batch: Batch, alpha: float) -> Reference:
         try:

@@ -143,7 +143,7 @@ class Checkpoints:
     def keep_batches(self, step: int, batches: Sequence[PackedBatch]) -> None:
         """Write this rank's micro-batches of a step that went wrong, for whoever looks into it."""
         arrays = {
-            f"{index}.{name}": array for index, batch in enumerate(batches) for name, array in vars(batch).items()
+            f"{index}.{name}": array for index, batch in enumerate(batches) for name, array in batch.tensors().items()
         }
         folder = self.directory / FAULTY
         folder.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
 from deltakd.losses.schedules import Alpha
 from deltakd.teacher.references import References
+from deltakd.train.advantages import Advantages
 from deltakd.train.checkpoints import Checkpoints
 from deltakd.train.step import NotFinite, Scored, StepRecord, train_step
 from deltakd.train.validation import Sample, Validation, ValidationRecord
@@ -44,6 +45,8 @@ class TrainParts:
     stop: Callable[[], str | None] = lambda: None  # why this rank is asked to stop
     done: int = 0  # steps that a checkpoint holds
     waits: Callable[[int], bool] = never  # whether a step's batches come of the weights before it
+    advantages: Advantages | None = None  # what drawn tokens are worth, for objectives that ask
+    heard: Callable[[float], None] = lambda loss: None  # who takes note of a validation's loss
 
 
 class Recorder(Protocol):
@@ -146,12 +149,14 @@ def _do(parts: TrainParts, task: Task, scored: Scored, records: Recorder | None)
     if task.held_out and parts.validation is not None:
         listen = partial(_listen, parts)
         validated = parts.validation.take(parts.engine, parts.world, scored, task.step, listen)
+        parts.heard(validated[0].loss)
         if records is not None:
             records.validated(*validated)
         return
     if records is not None:
         records.begins(task.step)
-    record = train_step(parts.engine, parts.world, parts.schedule, parts.alpha, task.batches, scored, task.step)
+    given = (parts.schedule, parts.alpha, task.batches, scored, task.step, parts.advantages)
+    record = train_step(parts.engine, parts.world, *given)
     if records is not None:
         records.write(record)
     if parts.checkpoints is not None:

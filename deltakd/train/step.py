@@ -16,10 +16,12 @@ from deltakd.base.processes import resident_bytes
 from deltakd.base.ranks import World
 from deltakd.data.packing import PackedBatch
 from deltakd.engine.protocol import Engine
+from deltakd.losses.linear import LinearLoss
 from deltakd.losses.schedules import Alpha
 from deltakd.teacher.references import Payloads
+from deltakd.train.advantages import Advantages
 
-RECORDED = ("loss", "cross_entropy", "divergence", "kl_to_target", "student_entropy", "target_entropy")
+RECORDED = ("cross_entropy", "policy", "divergence", "kl_to_target", "student_entropy", "target_entropy")
 Scored = Iterator[tuple[PackedBatch, Payloads]]
 
 
@@ -27,12 +29,17 @@ Scored = Iterator[tuple[PackedBatch, Payloads]]
 class StepRecord:
     """One line of steps.jsonl. Losses are means per supervised token; times are this rank's, in seconds.
 
-    KL and entropies are None where the objective has no target, or only draws from it; alpha is the target's.
+    KL and entropies are None where the objective has no target, or only draws from it; alpha is the target's. policy
+    and reward are of tokens that the student drew; corpus is the cross-entropy of plain text, which counts in the loss
+    alone.
     """
 
     step: int
     loss: float
     cross_entropy: float
+    policy: float | None
+    reward: float | None
+    corpus: float | None
     divergence: float
     kl_to_target: float | None
     student_entropy: float
@@ -79,6 +86,7 @@ def train_step(
     batches: Sequence[PackedBatch],
     scored: Scored,
     step: int,
+    advantages: Advantages | None = None,
 ) -> StepRecord:
     """Take one optimizer step on this rank's micro-batches; `scored` yields the same ones with their payloads.
 
@@ -86,17 +94,18 @@ def train_step(
     gradient is not finite.
     """
     clock = Clock()
-    num_tokens, num_supervised = count_tokens(world, batches, step)
-    sums = [0.0] * len(RECORDED)
+    counts = count_tokens(world, batches, step)
+    sums = Sums(counts)
     step_alpha = alpha.at(step)
     clock.mark("forward_backward_s")
-    for index, (batch, payloads) in enumerate(islice(scored, len(batches)), start=1):
+    own = islice(scored, len(batches))
+    for index, (batch, payloads) in enumerate(advantages.weigh(own) if advantages else own, start=1):
         clock.mark("wait_s")
         result = engine.loss(batch.to(engine.device), payloads, step_alpha)
-        engine.backward(result.total, weight=1 / num_supervised, last=index == len(batches))
-        sums = [total + result.sum(name) for total, name in zip(sums, RECORDED, strict=True)]
+        engine.backward(result.total, weight=counts.weight(batch), last=index == len(batches))
+        sums.add(batch, result)
         clock.mark("forward_backward_s")
-    means: dict[str, Any] = dict(zip(RECORDED, (total / num_supervised for total in world.sum(sums)), strict=True))
+    means: dict[str, Any] = sums.means(world)
     grad_norm = engine.grad_norm()
     require_finite(step, means["loss"], grad_norm)
     alpha.observe(means["divergence"])
@@ -108,27 +117,67 @@ def train_step(
     return StepRecord(
         step=step,
         **means,
+        reward=advantages.mean_reward if advantages else None,
         alpha=step_alpha,
         grad_norm=grad_norm,
         learning_rate=learning_rate,
-        num_tokens=num_tokens,
-        num_supervised=num_supervised,
+        num_tokens=counts.tokens,
+        num_supervised=counts.supervised + counts.corpus,
         num_micro_batches=len(batches),
         **clock.seconds(),
         memory_bytes=resident_bytes(),
     )
 
 
-def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> tuple[int, int]:
-    """Return a step's tokens and supervised tokens over all ranks; raises RunError if nothing is to be learnt."""
+@dataclass(frozen=True)
+class Counts:
+    """A step's tokens over all ranks: all, the supervised ones of its own, and those of plain text beside them."""
+
+    tokens: int
+    supervised: int
+    corpus: int
+
+    def weight(self, batch: PackedBatch) -> float:
+        """Return what one token of a micro-batch counts in the loss."""
+        if batch.corpus_weight is None:
+            return 1 / self.supervised
+        return batch.corpus_weight / max(self.corpus, 1)  # a blank one may be all there is
+
+
+def count_tokens(world: World, batches: Sequence[PackedBatch], step: int) -> Counts:
+    """Count a step's tokens over all ranks; raises RunError if nothing is to be learnt."""
     # A batch of which nothing is learnt is a blank one, for a rank that has nothing to do: its token is no data.
     learnt = [batch for batch in batches if batch.num_supervised]
-    num_tokens, num_supervised = world.sum(
-        [float(sum(batch.num_tokens for batch in learnt)), float(sum(batch.num_supervised for batch in learnt))]
-    )
-    if not num_supervised:
+    own = sum(batch.num_supervised for batch in learnt if batch.corpus_weight is None)
+    plain = sum(batch.num_supervised for batch in learnt) - own
+    num_tokens = sum(batch.num_tokens for batch in learnt)
+    counts = Counts(*(int(count) for count in world.sum([float(num_tokens), float(own), float(plain)])))
+    if not counts.supervised:
         raise RunError(f"step {step}: no supervised token on any rank. Look at the data's format and max_tokens.")
-    return int(num_tokens), int(num_supervised)
+    return counts
+
+
+class Sums:
+    """Adds up what a step's micro-batches say, and takes means over all ranks' tokens."""
+
+    def __init__(self, counts: Counts) -> None:
+        self._counts = counts
+        self._loss = self._corpus = 0.0
+        self._own = [0.0] * len(RECORDED)
+
+    def add(self, batch: PackedBatch, result: LinearLoss) -> None:
+        loss = result.sum("loss")
+        self._loss += self._counts.weight(batch) * loss
+        if batch.corpus_weight is not None:
+            self._corpus += loss
+        else:
+            self._own = [total + result.sum(name) for total, name in zip(self._own, RECORDED, strict=True)]
+
+    def means(self, world: World) -> dict[str, float]:
+        """Return loss, corpus and RECORDED, means per token; NaN where there is no such number."""
+        loss, corpus, *own = world.sum([self._loss, self._corpus, *self._own])
+        named = {name: total / self._counts.supervised for name, total in zip(RECORDED, own, strict=True)}
+        return {"loss": loss, "corpus": corpus / (self._counts.corpus or math.nan)} | named
 
 
 def require_finite(step: int, loss: float, grad_norm: float) -> None:

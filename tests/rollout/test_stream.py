@@ -5,14 +5,26 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 
 from deltakd.base.ranks import SoloWorld
 from deltakd.data.examples import Example, ExampleSet
 from deltakd.data.stream import Stream
-from deltakd.rollout.settings import RolloutSettings
-from deltakd.rollout.stream import Rollouts, join, prompt_of
+from deltakd.rollout.mixture import Mixture
+from deltakd.rollout.settings import AdaptiveSettings, ReplaySettings, RolloutSettings
+from deltakd.rollout.stream import Rollouts
+from deltakd.rollout.writing import Answer, Writer, join, prompt_of
 
 SETTINGS = RolloutSettings(on_policy_fraction=0.5, refresh_steps=3, max_new_tokens=5, batch_size=2)
+WAYS = {
+    "a fraction": {},
+    "replay": {"replay": ReplaySettings(capacity=6, fresh="constant"), "on_policy_fraction": 0.9},
+    "adaptive": {
+        "adaptive": AdaptiveSettings(raise_by=0.3),
+        "replay": ReplaySettings(capacity=6),
+        "on_policy_fraction": 0.0,
+    },
+}
 
 
 class Meeting:
@@ -43,15 +55,17 @@ def example_set():
     return ExampleSet(tokens, supervised, starts, lengths)
 
 
-def rollouts(rank=0, size=1, world=None, refreshed=lambda: None):
+def rollouts(rank=0, size=1, world=None, refreshed=lambda: None, settings=SETTINGS):
     """A student whose answers tell by whom, when and to what they were drawn: the prompt's sum, the seed's end."""
     examples = example_set()
 
     def write(prompts, most, seed):
-        return [[sum(prompt) % 97, seed % 97, *range(most - 2)] for prompt in prompts]
+        answers = [[sum(prompt) % 97, seed % 97, *range(most - 2)] for prompt in prompts]
+        return [Answer(one, np.float32([one, one])) for one in answers]
 
     stream = Stream(examples, 3, 40, rank, size, 64, None, False)
-    return Rollouts(stream, examples, SETTINGS, 3, 16, world or SoloWorld(), refreshed, write)
+    writer = Writer(settings, 3, 16, world or SoloWorld(), write)
+    return Rollouts(stream, examples, settings, 3, Mixture(settings, 3, 20), writer, refreshed)
 
 
 def documents(batches):
@@ -83,26 +97,34 @@ def test_ranks_that_share_the_writing_write_what_one_does(size):
     assert together == alone
 
 
-def test_it_goes_on_with_what_was_written_and_draws_nothing_anew():
-    whole, renewed = rollouts(), []
-    steps = whole.steps(0)
-    for step in range(1, 9):
-        waits = whole.waits(step)
+@pytest.mark.parametrize("changes", WAYS, ids=WAYS)
+def test_it_goes_on_with_what_was_written_and_draws_nothing_anew(changes):
+    """From the state after every step: the same tokens with the same probabilities, and no new ones."""
+    settings = SETTINGS.model_copy(update=WAYS[changes])
+    whole, renewed = rollouts(settings=settings), []
+    steps, held = whole.steps(0), []
+    for step in range(1, 16):
+        state = whole.state(step - 1) if step > 1 else None
+        opens = whole.waits(step)
         batches = next(steps)
-        assert not waits or whole.is_written(step)
-        other = rollouts(refreshed=lambda step=step: renewed.append(step))
-        other.restore(whole.state(step - 1))
-        assert documents(next(other.steps(step - 1))) == documents(batches)
-    written = [step for step in range(1, 9) if whole.is_written(step)]
-    assert 1 < len(written) < 8 and renewed == []
+        held.append(state is not None and "steps" in state)
+        if state is not None and not opens:
+            other = rollouts(refreshed=lambda step=step: renewed.append(step), settings=settings)
+            other.restore(state)
+            again = next(other.steps(step - 1))
+            assert documents(again) == documents(batches)
+            pairs = zip(again, batches, strict=True)
+            assert all((a.draws is None and b.draws is None) or torch.equal(a.draws, b.draws) for a, b in pairs)
+        whole.observe(1.0 + step)  # a validation after each step, worse every time
+    assert any(held) and renewed == []
 
 
 def test_a_step_in_which_the_first_is_written_takes_new_weights_and_no_other_does():
     times = []
     source = rollouts(refreshed=lambda: times.append(1))
-    counts = []
+    counts, own = [], Mixture(SETTINGS, 3, 20)
     for step, _ in zip(range(1, 13), source.steps(0), strict=False):
-        counts.append((step, source.is_written(step), len(times)))
+        counts.append((step, own.source(step, False) == "written", len(times)))
     firsts = {(step - 1) // 3: step for step, is_written, _ in reversed(counts) if is_written}
     assert [count for _, _, count in counts] == [
         sum(first <= step for first in firsts.values()) for step, _, _ in counts
@@ -113,5 +135,43 @@ def test_a_prompt_is_what_the_last_answer_was_given_to_and_answers_are_learnt_wh
     learnt = np.array([0, 0, 1, 1, 0, 0, 1, 1, 1], dtype=bool)
     example = Example(np.arange(9, dtype=np.int32), learnt)
     assert prompt_of(example) == [0, 1, 2, 3, 4, 5]
-    joined = join([7, 8], [9])
+    joined = join([7, 8], Answer([9]))
     assert joined.tokens.tolist() == [7, 8, 9] and joined.supervised.tolist() == [False, False, True]
+
+
+def test_replayed_steps_repeat_what_was_written_before_and_nothing_else():
+    settings = SETTINGS.model_copy(update=WAYS["replay"])
+    asked, seen, replayed = Mixture(settings, 3, 20), set(), 0
+    source = rollouts(settings=settings)
+    data = {
+        document
+        for batches in taken(rollouts(settings=SETTINGS.model_copy(update={"on_policy_fraction": 0.0})), 0, 20)
+        for document in documents(batches)
+    }
+    for step, batches in zip(range(1, 16), source.steps(0), strict=False):
+        own = set(documents(batches))
+        if asked.source(step, is_full=False) == "data":
+            assert own <= data
+        elif own <= seen:
+            replayed += 1
+        seen |= own - data
+    assert replayed > 2
+
+
+def test_the_fraction_rises_only_when_a_validation_is_worse_than_the_one_it_is_compared_with():
+    """DistiLLM's rule: 0.1 more when the loss is 0.1 above the last comparison, which only then is replaced."""
+    rising = Mixture(RolloutSettings(on_policy_fraction=0.0, adaptive=AdaptiveSettings()), 3, 20)
+    fractions = []
+    for loss in (2.0, 1.0, 2.05, 2.11, 2.15, 2.22, 9.0, *[100.0 + k for k in range(12)]):
+        rising.observe(loss)
+        fractions.append(round(rising.fraction, 9))
+    assert fractions[:7] == [0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.3] and fractions[-1] == 1.0
+
+
+def test_every_rank_decides_alike_and_a_share_of_steps_is_the_student_s():
+    settings = RolloutSettings(on_policy_fraction=0.6, replay=ReplaySettings())
+    sources = [[Mixture(settings, 3, 1000).source(step, True) for step in range(1, 1001)] for _ in range(2)]
+    assert sources[0] == sources[1]
+    early, late = sources[0][:300], sources[0][-300:]
+    assert 0.5 < 1 - sources[0].count("data") / 1000 < 0.7
+    assert early.count("written") > 5 * early.count("replayed") and late.count("replayed") > 5 * late.count("written")

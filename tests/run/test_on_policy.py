@@ -37,17 +37,33 @@ def test_what_is_trained_on_comes_of_the_weights_of_the_last_refresh(lab):
     assert len(rows) > 1 and again == [answer for _, answer in rows]
 
 
-def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_what_it_has_written(lab):
-    settings = (*SETTINGS, "references.from=in_process")  # one process, which starts no other
-    whole = curve(lab.train("on_policy", *settings))
-    written = lab.lines("on_policy", "rollouts.jsonl")
-    assert 1 <= len(written) <= 3 and all(line["tokens"] > 0 for line in written)
-    running = Running(lab, "on_policy_killed", *settings, "checkpoints.every_steps=1")
+MINILLM = (
+    "objective.policy_gradient={reward: {teacher: 1, student: -1}, reward_scale: 2, discount: 0.95, whiten: true, "
+    "length_normalised: true, divergence_weight: 1}",
+    "rollouts.teacher_mix=0.2",
+    "rollouts.on_policy_fraction=1",
+    "data.corpus={path: '{root}/../validation.jsonl', tokens_per_step: 64}",
+)
+DISTILLM = (
+    "objective.divergence={name: skew_kl}",
+    "rollouts={adaptive: {raise_by: 0.2, tolerance: 0}, replay: {capacity: 12}, on_policy_fraction: 0.6}",
+    "validation={every_steps: 2, num_rows: 4}",
+)
+
+
+@pytest.mark.parametrize("method", [(), MINILLM, DISTILLM], ids=["gkd", "minillm", "distillm"])
+def test_a_killed_run_goes_on_bit_for_bit_in_the_middle_of_what_it_has_written(lab, method):
+    name = {(): "gkd", MINILLM: "minillm", DISTILLM: "distillm"}[method]
+    settings = (*SETTINGS, *method, "references.from=in_process")  # one process, which starts no other
+    whole = curve(lab.train(f"on_policy_{name}", *settings))
+    written = lab.lines(f"on_policy_{name}", "rollouts.jsonl")
+    assert 1 <= len(written) <= 3 and any(line["tokens"] > 0 for line in written)
+    running = Running(lab, f"on_policy_{name}_killed", *settings, "checkpoints.every_steps=1")
     running.reaches(6)
     running.is_sent(signal.SIGKILL, *[process.pid for process in running.family()])
-    assert curve(lab.train("on_policy_killed", *settings)) == whole
-    assert same_weights(lab, "on_policy_killed", "on_policy")
-    assert [line["step"] for line in lab.lines("on_policy_killed", "rollouts.jsonl")] == [
+    assert curve(lab.train(f"on_policy_{name}_killed", *settings)) == whole
+    assert same_weights(lab, f"on_policy_{name}_killed", f"on_policy_{name}")
+    assert [line["step"] for line in lab.lines(f"on_policy_{name}_killed", "rollouts.jsonl")] == [
         line["step"] for line in written
     ]
 
