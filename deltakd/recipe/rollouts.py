@@ -1,6 +1,6 @@
 """The part of a student rank that writes its own batches: a whole copy of the student, and who refreshes it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,20 +34,13 @@ def build_rollouts(
     """Load the copy that writes and return the stream of its batches."""
     recipe = inputs.recipe
     settings = recipe.rollouts
-    plain = recipe.models.model_copy(update={"lora": None})
-    copy: Any = load_model(inputs.where("models.student.weights"), inputs.student, plain).to(engine.device).eval()
-    weights = dict(copy.named_parameters())
+    copy, refresh = load_copy(inputs, engine)
     end_id = ChatTemplate(inputs.tokenizer).end_of_turn_id
     is_known = recipe.objective.policy_gradient is not None
     observe = None
     if is_known or settings.teacher_mix:
         teacher = _load_teacher(inputs, engine.device) if settings.teacher_mix else None
         observe = partial(Drawing, vocab_size=inputs.vocab_size, teacher=teacher, share=settings.teacher_mix)
-
-    @torch.no_grad()
-    def refresh() -> None:
-        for name, whole in engine.gather(everywhere=True).items():
-            weights[name].copy_(whole)
 
     def write(prompts: Sequence[list[int]], most: int, seed: int) -> list[Answer]:
         own = settings.model_copy(update={"max_new_tokens": most, "seed": seed})
@@ -62,6 +55,23 @@ def build_rollouts(
     writer = Writer(settings, recipe.seed, recipe.data.max_tokens, world, write)
     mixture = Mixture(settings, recipe.seed, recipe.train.steps)
     return Rollouts(stream, examples, settings, recipe.seed, mixture, writer, refresh, record)
+
+
+def load_copy(inputs: Inputs, engine: Engine) -> tuple[Any, Callable[[], None]]:
+    """Return a whole copy of the student on the engine's device, and what gives it the student's weights.
+
+    The latter is called on all ranks together.
+    """
+    plain = inputs.recipe.models.model_copy(update={"lora": None})
+    copy: Any = load_model(inputs.where("models.student.weights"), inputs.student, plain).to(engine.device).eval()
+    weights = dict(copy.named_parameters())
+
+    @torch.no_grad()
+    def refresh() -> None:
+        for name, whole in engine.gather(everywhere=True).items():
+            weights[name].copy_(whole)
+
+    return copy, refresh
 
 
 def _load_teacher(inputs: Inputs, device: str) -> Any:
