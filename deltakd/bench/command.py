@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ MEASUREMENTS = {
     "payloads": "how far 16-bit numbers and top k move the delta target at alpha 0.5",
     "cluster": "simulate students and teachers beside runs of this machine, and foretell 8 to 1,024 GPUs",
     "growth": "how a step's time and memory grow with the length of documents and with the vocabulary",
+    "rollouts": "how fast a student under ZeRO-3 writes its own answers, with a whole copy of it and without",
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
@@ -71,6 +73,16 @@ def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
     step.add_argument("--rounds", type=int, default=3, help="turns that each arm takes; default 3")
     step.add_argument("--seed", type=int, default=17, help="which rows the steps take; default 17")
     step.add_argument("--peak-tflops", type=float, help="of the device; default: a large product's, measured")
+    rollouts = kind("rollouts", "bench/rollouts.json")
+    rollouts.add_argument("--shape", choices=list(PAIRS), default="small", help="of the student; default small")
+    rollouts.add_argument("--ranks", type=int, default=2, help="processes that share the student out; default 2")
+    rollouts.add_argument("--prompts", type=int, default=16, help="that each rank answers in a step; default 16")
+    rollouts.add_argument("--new-tokens", type=int, default=64, help="of each answer: none ends before; default 64")
+    rollouts.add_argument("--rounds", type=int, default=5, help="turns that each arm takes; default 5")
+    rollouts.add_argument(
+        "--refresh-steps", type=int, default=8, help="steps that the copy writes with the same weights; default 8"
+    )
+    rollouts.add_argument("--seed", type=int, default=0, help="of the draws; default 0")
     growth = kind("growth", "bench/growth.json")
     growth.add_argument("--steps", type=int, default=3, help="steps that are counted at each point; default 3")
     growth.add_argument("--points", type=int, default=5, help="of each axis, the smallest first; default 5: all")
@@ -109,6 +121,12 @@ def run_bench(options: argparse.Namespace) -> None:
 
         arms, out, seed = options.arms.split(","), options.out, options.seed
         step.bench(options.shape, options.data, arms, options.steps, options.rounds, options.peak_tflops, out, seed)
+        return
+    if options.measurement == "rollouts":
+        from deltakd.bench import rollouts
+
+        turns = rollouts.Turns(*(getattr(options, field.name) for field in fields(rollouts.Turns)))
+        rollouts.bench(options.shape, turns, options.out)
         return
     if options.measurement == "transport":
         from deltakd.bench import transport

@@ -98,3 +98,24 @@ def test_bench_growth_measures_both_axes_and_draws_them(tmp_path):
 def test_bench_step_refuses_an_arm_that_is_none(tmp_path, capsys):
     assert main(["bench", "step", "--arms=sft,fast", f"--out={tmp_path}/step.json"]) == 2
     assert "--arms: fast is not known. Write some of sft, " in capsys.readouterr().err
+
+
+def test_bench_rollouts_writes_the_same_answers_with_a_copy_and_from_shards(tmp_path, capsys):
+    """Two ranks under ZeRO-3. The ratios are what each round's own seconds say."""
+    out = tmp_path / "rollouts.json"
+    words = ["--shape=tiny", "--prompts=3", "--new-tokens=4", "--rounds=2", "--refresh-steps=4", f"--out={out}"]
+    assert main(["bench", "rollouts", *words]) == 0, capsys.readouterr().err
+    report = json.loads(out.read_text())
+    assert report["machine"]["commit"] and report["ranks"] == 2 and len(report["measured"]) == 2
+    for line in report["measured"]:
+        assert line["tokens"] == 2 * 3 * 4 and line["same_answers"] == 2 * 3
+        copied = line["copy_write_s"] + line["refresh_s"] / 4
+        assert line["ratio"] == pytest.approx(line["sharded_write_s"] / copied) and line["ratio"] > 0
+        assert line["copy_tokens_per_s"] == pytest.approx(line["tokens"] / copied)
+        assert line["ratio_every_step"] < line["ratio"] < line["ratio_writing"]
+    assert "12 of 12 answers are the same" in capsys.readouterr().out
+
+
+def test_bench_rollouts_refuses_too_few(tmp_path, capsys):
+    assert main(["bench", "rollouts", "--ranks=0", f"--out={tmp_path}/rollouts.json"]) == 2
+    assert "--ranks: 0 is too few. Write 1 or more." in capsys.readouterr().err
