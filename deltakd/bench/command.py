@@ -80,6 +80,12 @@ def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
     rollouts.add_argument("--new-tokens", type=int, default=64, help="of each answer: none ends before; default 64")
     rollouts.add_argument("--rounds", type=int, default=5, help="turns that each arm takes; default 5")
     rollouts.add_argument(
+        "--train-steps",
+        type=int,
+        default=2,
+        help="trained before each round; default 2: after 1 DeepSpeed takes the answers for a part of the step",
+    )
+    rollouts.add_argument(
         "--refresh-steps", type=int, default=8, help="steps that the copy writes with the same weights; default 8"
     )
     rollouts.add_argument("--seed", type=int, default=0, help="of the draws; default 0")

@@ -35,6 +35,7 @@ class Turns:
     prompts: int  # that each rank answers in a step
     new_tokens: int  # of each answer
     rounds: int
+    train_steps: int  # before each round
     refresh_steps: int  # that one refresh serves
     seed: int
 
@@ -50,7 +51,7 @@ def bench(shape: str, turns: Turns, out: Path) -> None:
     remove(run)
     run.mkdir(parents=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={turns.ranks}"]
-    rank = ["-m", "deltakd.bench.writer", str(recipe), str(turns.prompts), str(turns.rounds)]
+    rank = ["-m", "deltakd.bench.writer", str(recipe), str(turns.prompts), str(turns.rounds), str(turns.train_steps)]
     # It learns from the rows alone: frozen models have no part in how fast a student writes.
     training = [f"run={RUN}", "engine={name: deepspeed, zero_stage: 3}", "objective.sft_weight=1.0"]
     answers = f"rollouts={{max_new_tokens: {turns.new_tokens}, seed: {turns.seed}}}"

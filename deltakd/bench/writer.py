@@ -1,7 +1,7 @@
 """A rank of `bench rollouts`: a student under ZeRO-3 that answers prompts, with a whole copy and without, in turns.
 
-torch.distributed.run starts as many as there are students. Before each round the student takes a training step: the
-copy is then as stale as it is in a run, and the engine as a step leaves it. Rank 0 writes a line for each round.
+torch.distributed.run starts as many as there are students. Before each round the student trains: the copy is then
+as stale as it is in a run, and the engine as a step leaves it. Rank 0 writes a line for each round.
 """
 
 import os
@@ -101,8 +101,13 @@ def measure(arms: Arms, world: World, settings: RolloutSettings, number: int) ->
     return {"tokens": int(tokens), "same_answers": int(same), **seconds}
 
 
-def main(recipe: str, each: str, rounds: str, *overrides: str) -> None:
-    """Measure `rounds` rounds of `each` prompts a rank; the recipe says how answers are drawn."""
+def main(recipe: str, each: str, rounds: str, train_steps: str, *overrides: str) -> None:
+    """Measure `rounds` rounds of `each` prompts a rank; the recipe says how answers are drawn.
+
+    DeepSpeed takes all between the beginnings of two steps for one step, records the order of its modules and plans by
+    it when to let go of weights. With one step before a round, that plan holds the writing as well: it takes minutes
+    to make, and keeps weights whole as long as every round writes as many tokens. After two it is of a step alone.
+    """
     end_with_launchers()
     use_threads()
     loaded = load(recipe, overrides)
@@ -114,10 +119,12 @@ def main(recipe: str, each: str, rounds: str, *overrides: str) -> None:
     prompts = own_prompts(examples, int(each), world)
     settings, arms = loaded.recipe.rollouts, Arms(inputs, parts, prompts)
     run = RunDirectory(Path(loaded.recipe.directory))
-    for number, batches in enumerate(islice(parts.steps(0), int(rounds) + 1)):
-        scored: Scored = iter([(batch, {}) for batch in batches])
-        train_step(parts.engine, world, parts.schedule, parts.alpha, batches, scored, number + 1)
-        if not number:  # not counted: DeepSpeed learns the order of its modules, torch its memory
+    steps = enumerate(parts.steps(0), start=1)
+    for number in range(int(rounds) + 1):
+        for step, batches in islice(steps, int(train_steps)):
+            scored: Scored = iter([(batch, {}) for batch in batches])
+            train_step(parts.engine, world, parts.schedule, parts.alpha, batches, scored, step)
+        if not number:  # not counted: torch and transformers do some things once
             measure(arms, world, settings.model_copy(update={"max_new_tokens": WARM_UP_TOKENS}), number)
             continue
         line = measure(arms, world, settings, number) | {"prompt_tokens": len(prompts[0])}
