@@ -105,8 +105,8 @@ def main(recipe: str, each: str, rounds: str, train_steps: str, *overrides: str)
     """Measure `rounds` rounds of `each` prompts a rank; the recipe says how answers are drawn.
 
     DeepSpeed takes all between the beginnings of two steps for one step, records the order of its modules and plans by
-    it when to let go of weights. With one step before a round, that plan holds the writing as well: it takes minutes
-    to make, and keeps weights whole as long as every round writes as many tokens. After two it is of a step alone.
+    it when to let go of weights. With one micro-batch before a round, that plan holds the writing as well: it may take
+    minutes to make, and keeps weights whole while every round writes as many tokens. After two it is of a step alone.
     """
     end_with_launchers()
     use_threads()
