@@ -186,11 +186,14 @@ def _keep_best(run: RunDirectory, engine: Engine, inputs: Inputs, role: Role, st
 
 def facts_of_run(inputs: Inputs, examples: ExampleSet) -> dict[str, Any]:
     """Return what the numbers of a run depend on beside its recipe: a checkpoint is of these and no others."""
-    return {
+    facts_ = {
         "models": inputs.identities,
         "examples": examples.digest,
         "payload": inputs.spec.words if inputs.frozen else "none",
     }
+    if inputs.recipe.data.corpus is not None:
+        facts_["corpus"] = read_corpus(inputs.recipe, inputs.tokenizer).digest
+    return facts_
 
 
 def meet(recipe: Recipe, role: Role) -> World:

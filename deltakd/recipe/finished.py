@@ -71,7 +71,7 @@ def find_checkpoint(run: RunDirectory, recipe: Recipe, facts: Mapping[str, Any],
             print(f"{run.path}: no checkpoint of its {before['step']:,} steps; it begins with step 1 again", flush=True)
         return None
     text = dump_recipe(recipe)
-    was = {name: saved.facts[name] for name in facts}
+    was = {name: saved.facts.get(name) for name in facts}
     changes = run.changes(text, CHANGEABLE, _complete)
     changes += [f"{name}: {was[name]}, now {now}" for name, now in facts.items() if was[name] != now]
     if saved.step > recipe.train.steps:

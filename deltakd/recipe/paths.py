@@ -34,6 +34,8 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
                 f"{where('data.validation.path')}: {shared[0]} is also read for data.train. "
                 "Write a path whose files data.train does not read."
             )
+    if recipe.data.corpus is not None:
+        _check_source(recipe, "data.corpus", recipe.data.corpus, where, name)
     for label, path in recipe.evaluation.kept.items():
         if path is not None:
             _check_files(recipe, f"evaluation.kept.{label}", path, where, name)

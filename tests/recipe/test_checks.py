@@ -131,6 +131,33 @@ def test_a_sound_recipe_is_returned_once_as_it_is_and_once_per_train_stage():
             "train: {rollouts: {on_policy_fraction: 0.5}, data: {supervise: all}}",
             "17: stage delta: rollouts.on_policy_fraction: 0.5, but rows of which all is learnt have no prompt.",
         ),
+        (
+            "train: {}",
+            "train: {objective: {policy_gradient: {reward: {teacher: 1}}}}",
+            "17: stage delta: objective.policy_gradient: set, but the student never writes. Write rollouts.on_policy_",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {adaptive: {}, top_p: 0.9}, validation: {every_steps: 5}, "
+            "objective: {policy_gradient: {reward: {teacher: 1}}}}",
+            "17: stage delta: rollouts.top_p: 0.9, but policy_gradient needs tokens drawn from the student as it is",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {on_policy_fraction: 1}, objective: {policy_gradient: {reward: {x: 1}}}}",
+            "17: stage delta: objective.policy_gradient.reward: x is no frozen model. Write one of student_raw, teacher",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {adaptive: {}}}",
+            "17: stage delta: rollouts.adaptive: set, but nothing is validated that it could follow.",
+        ),
+        (
+            "train: {}",
+            "train: {rollouts: {on_policy_fraction: 1, teacher_mix: 0.2}, "
+            "objective: {target: {name: mixture, weights: {student_raw: 1}}}}",
+            "17: stage delta: rollouts.teacher_mix: 0.2, but the objective reads no model named teacher. Write 0",
+        ),
     ],
 )
 def test_settings_that_cannot_hold_together_are_refused_at_their_line(old, new, sentence):
