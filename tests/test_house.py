@@ -1,6 +1,7 @@
 """The house itself: layers point down, heavy libraries stay in the files that adapt them, rooms stay small."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,3 +97,17 @@ def test_rooms_stay_small(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno <= 50, f"{path.name}: {node.name}"
+
+
+def test_the_loop_knows_no_method_by_its_name():
+    """Methods are made of streams and objectives: nothing that trains, holds weights or serves asks which one runs."""
+    names = re.compile(r"\b(sft|seqkd|gkd|minillm|distillm|taid|exopd|opd2?|delta)\b", re.IGNORECASE)
+    for path in FILES:
+        if path.parent.name not in ("train", "engine", "teacher", "rollout"):
+            continue
+        tree = ast.parse(path.read_text())
+        words = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        words += [node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+        compared = [part for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)]
+        words += [str(part.value) for part in compared if isinstance(part, ast.Constant)]
+        assert not [word for word in words if names.fullmatch(word)], path

@@ -145,7 +145,7 @@ def test_a_sound_recipe_is_returned_once_as_it_is_and_once_per_train_stage():
         (
             "train: {}",
             "train: {rollouts: {on_policy_fraction: 1}, objective: {policy_gradient: {reward: {x: 1}}}}",
-            "17: stage delta: objective.policy_gradient.reward: x is no frozen model. Write one of student_raw, teacher",
+            "17: stage delta: objective.policy_gradient.reward: x is no frozen model. Write one of student",
         ),
         (
             "train: {}",
