@@ -1,4 +1,4 @@
-"""One table of models on the same held-out prompts: ROUGE, cross-entropy, what each kept, and paired differences.
+"""One table of models on the same held-out prompts: ROUGE, cross-entropy, KL, what each kept, and paired differences.
 
 Rows of every model are kept (`predictions/<label>.jsonl`), so that any other score can be taken later without a model.
 """
@@ -15,8 +15,10 @@ from deltakd.base.files import write_json, write_text
 from deltakd.evaluate.scores import ROUGE, Interval, paired_difference
 
 CROSS_ENTROPY = "cross_entropy"
+KL_TO_TEACHER = "kl_to_teacher"
 KEPT = "kept: "
-TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L", CROSS_ENTROPY: "cross-entropy"}
+TITLES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+TITLES |= {CROSS_ENTROPY: "cross-entropy", KL_TO_TEACHER: "KL to teacher"}
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class ModelScores:
     """One model's scores by metric, row by row.
 
     ROUGE lies between 0 and 1. `cross_entropy` is in nats per token of each row's reference; `kept: NAME` likewise on
-    the rows of another text, of which there may be more or fewer.
+    the rows of another text, of which there may be more or fewer. `kl_to_teacher`, where a teacher was named, is
+    KL(teacher, model) in nats per token of the same references.
     """
 
     label: str
@@ -66,8 +69,8 @@ def compare(
         gain = differences[teacher]
         if not (gain["rougeL"].low > 0 and gain[CROSS_ENTROPY].high < 0):
             warnings.append(
-                f"{teacher} is not clearly better than {baseline} (ROUGE-L {_signed(gain['rougeL'], 'rougeL')}, "
-                f"cross-entropy {_signed(gain[CROSS_ENTROPY], CROSS_ENTROPY)}): there is little to distil. "
+                f"{teacher} is not clearly better than {baseline} (ROUGE-L {signed(gain['rougeL'], 'rougeL')}, "
+                f"cross-entropy {signed(gain[CROSS_ENTROPY], CROSS_ENTROPY)}): there is little to distil. "
                 "Train the teacher longer or make it larger."
             )
     return Comparison(models, baseline, differences, warnings)
@@ -81,16 +84,17 @@ def markdown_table(comparison: Comparison) -> str:
     for model in comparison.models:
         cells = [model.label]
         for metric in metrics:
-            mean = f"{100 * model.mean(metric):.1f}" if metric in ROUGE else f"{model.mean(metric):.3f}"
+            mean = shown(model.mean(metric), metric)
             difference = comparison.differences.get(model.label, {}).get(metric)
-            cells.append(f"{mean} ({_signed(difference, metric)})" if difference else mean)
+            cells.append(f"{mean} ({signed(difference, metric)})" if difference else mean)
         lines.append("| " + " | ".join(cells) + " |")
     num_prompts = len(comparison.models[0].rows[CROSS_ENTROPY])
+    kl = "KL to teacher: KL(teacher, model), nats per token of the references. " if KL_TO_TEACHER in metrics else ""
     lines += [
         "",
         f"{num_prompts} held-out prompts. ROUGE: F1 x 100, rouge-score with its stemmer. Cross-entropy: nats per token "
-        "of the references, lower is better; `kept` likewise, on text outside the fine-tuning data. In brackets: mean "
-        f"difference per row to {comparison.baseline} with its paired 95% bootstrap interval.",
+        "of the references, lower is better; `kept` likewise, on text outside the fine-tuning data. "
+        f"{kl}In brackets: mean difference per row to {comparison.baseline} with its paired 95% bootstrap interval.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -121,7 +125,13 @@ def write_predictions(folder: Path, label: str, rows: Sequence[Mapping[str, Any]
     write_text(folder / "predictions" / f"{label}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _signed(interval: Interval, metric: str) -> str:
+def shown(value: float, metric: str) -> str:
+    """Write a metric's value: ROUGE times 100, nats as they are."""
+    return f"{100 * value:.1f}" if metric in ROUGE else f"{value:.3f}"
+
+
+def signed(interval: Interval, metric: str) -> str:
+    """Write a difference with its interval: `+0.3 [-0.1, +0.7]`, ROUGE times 100."""
     factor, digits = (100, 1) if metric in ROUGE else (1, 3)
     mean, low, high = (f"{factor * value:+.{digits}f}" for value in (interval.mean, interval.low, interval.high))
     return f"{mean} [{low}, {high}]"

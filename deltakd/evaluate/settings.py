@@ -64,5 +64,7 @@ class CompareSettings(Settings):
     models: dict[str, str] = Field(min_length=1, description="Label -> weights, in the table's order.")
     baseline: str = Field(description="The label that differences are taken against.")
     teacher: str | None = Field(
-        None, description="The label that should beat the baseline; a warning when it does not."
+        None,
+        description="The label that should beat the baseline, with a warning when it does not. Every model's KL "
+        "to it is taken.",
     )

@@ -9,7 +9,7 @@ from deltakd.base.errors import DataError
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
 from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table
-from deltakd.evaluate.cross_entropy import cross_entropy_rows
+from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows
 from deltakd.evaluate.scores import ROUGE, paired_difference, rouge_rows
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
@@ -83,3 +83,20 @@ def test_cross_entropy_of_each_row_is_torch_s_own(lab):
         logits = model(input_ids=tokens[None]).logits[0, 2:-1, :300]
         expected = torch.nn.functional.cross_entropy(logits, tokens[3:])
         assert value == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_kl_to_the_teacher_of_each_row_is_that_of_plain_softmax_in_float64(lab):
+    """The teacher's head has more rows than the student's: what lies above the shared vocabulary counts nowhere."""
+    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
+    student, teacher = (load_model(name, lab.folder / name, settings) for name in ("student", "teacher"))
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(0, 300, (n,), generator=generator) for n in (9, 30, 4, 17)]
+    examples = [Example(d.int().numpy(), (torch.arange(len(d)) >= 2).numpy()) for d in documents]
+    rows = kl_rows(student, teacher, [pack(examples[:3]), pack(examples[3:])], 300)
+    for value, tokens in zip(rows, documents, strict=True):
+        log_q, log_p = (
+            model(input_ids=tokens[None]).logits[0, 1:-1, :300].double().log_softmax(-1) for model in (student, teacher)
+        )
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        assert value == pytest.approx(expected.item(), rel=1e-5) and value > 0.01
+    assert kl_rows(teacher, teacher, [pack(examples)], 300) == pytest.approx([0.0] * 4, abs=1e-6)

@@ -1,0 +1,43 @@
+"""Scores that are kept: read again for the same question alone, and with the teacher loaded once."""
+
+import json
+
+import pytest
+from rich.console import Console
+
+from deltakd.evaluate.compare import CROSS_ENTROPY, KL_TO_TEACHER
+from deltakd.evaluate.settings import CompareSettings
+from deltakd.recipe import evaluation
+from deltakd.recipe.load import load
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The folders that models were loaded from, in order."""
+    seen = []
+    real = evaluation.load_model
+    monkeypatch.setattr(evaluation, "load_model", lambda key, path, *rest: seen.append(path) or real(key, path, *rest))
+    return seen
+
+
+def test_scores_that_were_kept_without_a_teacher_are_not_read_as_if_they_had_its_kl(lab, tmp_path, loads):
+    loaded = load(str(lab.recipe), ["evaluation.num_prompts=4", "evaluation.max_new_tokens=3"])
+    folders = {name: str(lab.folder / name) for name in ("student", "teacher")}
+    plain = CompareSettings(models=folders, baseline="student")
+    console = Console(quiet=True)
+
+    without = evaluation.score_models(loaded, "one", plain, tmp_path, console)
+    assert all(KL_TO_TEACHER not in model.rows for model in without) and len(loads) == 2
+
+    named = plain.model_copy(update={"teacher": "teacher"})
+    with_kl = evaluation.score_models(loaded, "one", named, tmp_path, console)
+    assert len(loads) == 4  # each once more, the teacher not twice
+    student, teacher = (model.rows[KL_TO_TEACHER] for model in with_kl)
+    assert len(student) == 4 and min(student) > 0.01 and max(map(abs, teacher)) < 1e-5
+    assert [model.rows[CROSS_ENTROPY] for model in with_kl] == [model.rows[CROSS_ENTROPY] for model in without]
+    lines = (tmp_path / "predictions" / "student.jsonl").read_text().splitlines()
+    assert [json.loads(line)[KL_TO_TEACHER] for line in lines] == student
+
+    assert evaluation.score_models(loaded, "one", named, tmp_path, console) == with_kl and len(loads) == 4
+    other = named.model_copy(update={"teacher": "student"})
+    assert max(evaluation.score_models(loaded, "one", other, tmp_path, console)[0].rows[KL_TO_TEACHER]) < 1e-5
