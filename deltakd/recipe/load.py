@@ -7,6 +7,7 @@ later. Looks at no weights and no data, imports no torch, and takes milliseconds
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -72,6 +73,28 @@ def find_recipe(name_or_path: str) -> Path:
     raise RecipeError(f"recipe {name_or_path}: no recipe has this name. {hint}.")
 
 
+def recipe_names(folder: str = "") -> list[str]:
+    """Name the recipes that lie in recipes/, or those of a folder of it, in the order of the alphabet."""
+    return [name for name in _known_names() if name.startswith(folder)]
+
+
+def read_added(name_or_path: str) -> dict[str, Any]:
+    """Return what a recipe adds to the one that it extends: the values of its file, as they are written there.
+
+    Files of its own folder that it extends count as it: what is added is said of the first recipe from elsewhere.
+    """
+    path = find_recipe(name_or_path)
+    added: dict[str, Any] = plain(_read_chain(path, (), path.resolve().parent))
+    return added
+
+
+def as_override(key: str, value: Any) -> str:
+    """Write a plain value as `key=value` that lays it on a recipe as `extends` would."""
+    # PyYAML's words, not JSON's: YAML reads 1e-05 as a text. A list around it keeps scalars on one line.
+    flow = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=float("inf"))
+    return f"{key}={flow.strip()[1:-1]}"
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """Write a resolved recipe as YAML that load_recipe reads back as an equal one, wherever the file lies."""
     # ASCII with escapes: PyYAML loses a next-line character in a key when it may write unicode.
@@ -92,7 +115,8 @@ def _known_names() -> list[str]:
     return sorted(names) or ["(recipes/ is empty)"]
 
 
-def _read_chain(path: Path, extending: tuple[Path, ...]) -> Marked:
+def _read_chain(path: Path, extending: tuple[Path, ...], within: Path | None = None) -> Marked:
+    """Read a file laid on what it extends; on what lies in the folder `within` alone, where that is given."""
     tree = read_file(path)
     if "extends" not in tree.value:
         return tree
@@ -102,7 +126,9 @@ def _read_chain(path: Path, extending: tuple[Path, ...]) -> Marked:
     chain = (*extending, path.resolve())
     if parent.resolve() in chain:
         raise RecipeError(f"{extends.place}: extends: {extends.value} leads back to itself. Remove one extends.")
-    return merge(_read_chain(parent, chain), tree)
+    if within is not None and parent.resolve().parent != within:
+        return tree
+    return merge(_read_chain(parent, chain, within), tree)
 
 
 def _find_extended(extends: Marked, path: Path) -> Path:

@@ -13,23 +13,39 @@ from deltakd.recipe.schema import Recipe, StageSettings
 
 def describe_stages(name: str, overrides: Sequence[str]) -> str:
     """Return a line for each stage, in order: its name, its kind, and the stages that it needs, or `-`."""
+    return "\n".join(f"{one} {kind} {','.join(needs) or '-'}" for one, kind, needs in _stages(name, overrides))
+
+
+def stages_behind(name: str, overrides: Sequence[str], readers: Sequence[Recipe]) -> list[str]:
+    """Name the stages of a recipe that must be there before other trainings in its root, and its evaluation, can begin.
+
+    `readers` are those trainings' recipes. In the pipeline's order, with whatever these stages need themselves.
+    """
+    stages = _stages(name, overrides)
+    recipe = check_every_stage(name, overrides)[0].recipe
+    reads = [recipe.model_dump(mode="json", include={"models", "data", "evaluation"}), *map(_training_reads, readers)]
+    wanted = set(_needs(recipe, reads, [one for one, _, _ in stages]))
+    for one, _, needs in reversed(stages):  # each needs earlier ones alone
+        wanted |= set(needs) if one in wanted else set()
+    return [one for one, _, _ in stages if one in wanted]
+
+
+def _stages(name: str, overrides: Sequence[str]) -> list[tuple[str, str, list[str]]]:
+    """Return each stage's name, its kind, and the stages that it needs."""
     base, *trained = check_every_stage(name, overrides)
     by_name = dict(zip((stage.name for stage in base.recipe.pipeline if stage.train is not None), trained, strict=True))
-    lines = []
+    stages = []
     for index, stage in enumerate(base.recipe.pipeline):
         before = [one.name for one in base.recipe.pipeline[:index]]
         needs = _needs(base.recipe, _reads(base.recipe, stage, by_name.get(stage.name)), before)
-        lines.append(f"{stage.name} {stage.kind} {','.join(needs) or '-'}")
-    return "\n".join(lines)
+        stages.append((stage.name, stage.kind, needs))
+    return stages
 
 
 def _reads(recipe: Recipe, stage: StageSettings, loaded: Loaded | None) -> Any:
     """Return the settings that may name another stage's folder."""
     if loaded is not None:
-        trained = loaded.recipe
-        needed = needed_references(trained.objective) if trained.references.source != "cache" else ()
-        models = [model.weights for role, model in trained.models.roles.items() if role == "student" or role in needed]
-        return [models, trained.model_dump(mode="json", include={"data"})]
+        return _training_reads(loaded.recipe)
     own = stage.model_dump(mode="json")
     if stage.tokenizer is not None and stage.tokenizer.files is None:
         return [own, recipe.data.train.path]
@@ -40,6 +56,12 @@ def _reads(recipe: Recipe, stage: StageSettings, loaded: Loaded | None) -> Any:
         rows = stage.generate.rows or recipe.data.train
         return [own, model.weights if model else None, rows.path]
     return own
+
+
+def _training_reads(recipe: Recipe) -> Any:
+    needed = needed_references(recipe.objective) if recipe.references.source != "cache" else ()
+    models = [model.weights for role, model in recipe.models.roles.items() if role == "student" or role in needed]
+    return [models, recipe.model_dump(mode="json", include={"data"})]
 
 
 def _needs(recipe: Recipe, reads: Any, before: Sequence[str]) -> list[str]:
