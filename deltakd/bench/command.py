@@ -18,6 +18,7 @@ MEASUREMENTS = {
     "cluster": "simulate students and teachers beside runs of this machine, and foretell 8 to 1,024 GPUs",
     "growth": "how a step's time and memory grow with the length of documents and with the vocabulary",
     "rollouts": "how fast a student under ZeRO-3 writes its own answers, with a whole copy of it and without",
+    "methods": "every method and baseline on the same models, data and steps, from several seeds, in one table",
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
@@ -61,6 +62,29 @@ def add_bench(verbs: Any) -> None:
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
     _add_of_shapes(kind)
+    _add_methods(kind("methods", "bench/methods.json"))
+
+
+def _add_methods(methods: argparse.ArgumentParser) -> None:
+    methods.add_argument("--bases", default="quickstart", help="recipes, by commas; default quickstart")
+    methods.add_argument("--chat-data", metavar="TRAIN,VALIDATION", help="the rows of small_chat")
+    methods.add_argument(
+        "--math-data",
+        metavar="TRAIN,VALIDATION",
+        help="the rows of small_math; of either, VALIDATION may be left out where it lies beside TRAIN as the recipe "
+        "names it",
+    )
+    methods.add_argument(
+        "--methods", help="by commas; default: sft, forward_kl, delta and every recipe in recipes/baselines"
+    )
+    methods.add_argument("--seeds", default="1,2,3", help="of the students' training; default 1,2,3")
+    methods.add_argument("--steps", type=int, help="updates of every student; default: the base's train.steps")
+    methods.add_argument("--jobs", type=int, default=1, help="trainings at a time, of one thread each; default 1")
+    methods.add_argument(
+        "--engine", default="single", help="default single, with frozen models beside the student in its process"
+    )
+    methods.add_argument("--root", type=Path, default=Path("runs"), help="holds a folder for each base; default runs")
+    methods.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that win over every recipe's")
 
 
 def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
@@ -112,6 +136,9 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.measurement in ("variants", "payloads"):
         _run_of_recipe(options)
         return
+    if options.measurement == "methods":
+        _run_methods(options)
+        return
     if options.measurement == "growth":
         from deltakd.bench import growth
 
@@ -138,6 +165,32 @@ def run_bench(options: argparse.Namespace) -> None:
         from deltakd.bench import transport
 
         transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
+
+
+def _run_methods(options: argparse.Namespace) -> None:
+    from deltakd.base.errors import RunError
+    from deltakd.bench import methods
+    from deltakd.bench.method_plan import default_methods
+
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise RunError(f"--seeds: {options.seeds} are no whole numbers. Write them by commas: 1,2,3.") from None
+    given = {"small_chat": options.chat_data, "small_math": options.math_data}
+    methods.bench(
+        methods.Asked(
+            bases=options.bases.split(","),
+            methods=options.methods.split(",") if options.methods else default_methods(),
+            seeds=seeds,
+            steps=options.steps,
+            jobs=options.jobs,
+            engine=options.engine,
+            root=options.root,
+            out=options.out,
+            data={name: paths.split(",") if paths else [] for name, paths in given.items()},
+            overrides=options.overrides,
+        )
+    )
 
 
 def _run_of_recipe(options: argparse.Namespace) -> None:

@@ -1,0 +1,140 @@
+"""What `bench methods` trains: base recipes, the methods that are laid on them, and a run for each seed.
+
+A method is a training stage of the base's own pipeline (sft, forward_kl, delta) or a recipe of recipes/baselines: what
+that adds to the recipe it extends, apart from where it lies and its pipeline. Every run is the base recipe with the
+method's blocks as overrides, so all methods have the base's models, data, batches and number of steps.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltakd.base.errors import RunError
+from deltakd.evaluate.responses import ROWS
+from deltakd.recipe.checks import check_recipe
+from deltakd.recipe.load import Loaded, as_override, load, read_added, recipe_names
+from deltakd.recipe.schema import Recipe
+
+BASELINES = "baselines/"
+OF_PIPELINES = ("sft", "forward_kl", "delta")
+NOT_ADDED = frozenset({"root", "run", "pipeline", "seed"})
+# Where responses are learnt instead of the base's rows, nothing that chose among those is left.
+ALL_ROWS = {"skip_rows": 0, "num_rows": None, "subset": None, "revision": None, "split": "train"}
+SET_HERE = ("root", "run", "seed", "pipeline")
+
+
+@dataclass(frozen=True)
+class Base:
+    """A recipe whose models and data the methods share."""
+
+    name: str
+    rows: Sequence[str]  # overrides that say where its data lie
+    own: Sequence[str]  # the user's, which win over a method's
+    root: Path
+
+    @property
+    def overrides(self) -> list[str]:
+        """What its own stages are started with."""
+        return [*self.rows, *self.own, f"root={self.root}"]
+
+    def load(self) -> Loaded:
+        """Load and check it."""
+        loaded = load(self.name, self.overrides)
+        check_recipe(loaded.recipe, loaded.where)
+        return loaded
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method lays on a base, and who writes responses for it first, if anyone does."""
+
+    name: str
+    blocks: Sequence[str]  # overrides
+    generate: Sequence[str] | None = None  # overrides of the base with which its stage `responses` is run
+    responses: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: a method on a base from a seed."""
+
+    base: Base
+    method: Method
+    seed: int
+    overrides: Sequence[str]
+    recipe: Recipe
+
+    @property
+    def label(self) -> str:
+        """Its folder's name, and its row's in the scores."""
+        return self.recipe.run
+
+
+def default_methods() -> list[str]:
+    """Name the methods that are compared unless the user says which: those of the pipelines and every baseline."""
+    return [*OF_PIPELINES, *(name.removeprefix(BASELINES) for name in recipe_names(BASELINES))]
+
+
+def read_method(base: Base, name: str) -> Method:
+    """Find a method by its name. Raises RunError for one that is unknown, or that trains more than one student."""
+    recipe = base.load().recipe
+    for stage in recipe.pipeline:
+        if stage.name == name and stage.train is not None:
+            return Method(name, _overrides(stage.train))
+    if f"{BASELINES}{name}" not in recipe_names(BASELINES):
+        raise RunError(
+            f"--methods: {name} is no training stage of {base.name} and no recipe of recipes/{BASELINES}. "
+            f"Write some of {', '.join(default_methods())}."
+        )
+    added = read_added(f"{BASELINES}{name}")
+    stages: Sequence[Mapping[str, Any]] = added.get("pipeline", [])
+    trained = [stage["train"] for stage in stages if "train" in stage]
+    writing = [stage for stage in stages if "generate" in stage]
+    if len(trained) > 1 or len(writing) > 1:
+        raise RunError(
+            f"recipes/{BASELINES}{name}: its pipeline has {len(trained)} stages that train and {len(writing)} that "
+            "generate. bench methods knows one of each at most: leave it out of --methods, or make two recipes of it."
+        )
+    changes = trained[0] if trained else {}
+    method = Method(name, [*_overrides(added), *_overrides(changes)])
+    return _with_responses(base, recipe, method, added, writing[0]) if writing else method
+
+
+def _with_responses(
+    base: Base, recipe: Recipe, method: Method, added: Mapping[str, Any], stage: Mapping[str, Any]
+) -> Method:
+    """Return the method with the stage that writes what it learns: to the prompts of the base, whichever those are."""
+    said = {key: value for key, value in (stage["generate"] or {}).items() if key != "rows"}
+    blocks = {key: value for key, value in added.items() if key in ("generation", "models")}
+    pipeline = as_override("pipeline", [{"name": stage["name"], "generate": said}])
+    generate = [*base.rows, *_overrides(blocks), *base.own, f"root={base.root}", pipeline]
+    learnt: dict[str, Any] = {"train": {"path": f"{{root}}/{stage['name']}/{ROWS}", **ALL_ROWS}}
+    if recipe.data.format != "messages":  # which responses are; the held-out rows are not, and no training reads them
+        learnt |= {"format": "messages", "validation": None}
+    return Method(method.name, [*method.blocks, *_overrides({"data": learnt})], generate, stage["name"])
+
+
+def _overrides(blocks: Mapping[str, Any]) -> list[str]:
+    return [as_override(key, value) for key, value in blocks.items() if key not in NOT_ADDED]
+
+
+def plan(base: Base, methods: Sequence[str], seeds: Sequence[int], steps: int | None, engine: str) -> list[Run]:
+    """Return a run for each seed and method, all of the same number of steps; a seed's are together.
+
+    Raises RecipeError for a method that cannot be laid on the base.
+    """
+    chosen = [read_method(base, name) for name in methods]
+    steps = base.load().recipe.train.steps if steps is None else steps
+    return [run for seed in seeds for run in _runs(base, chosen, seed, steps, engine)]
+
+
+def _runs(base: Base, methods: Sequence[Method], seed: int, steps: int, engine: str) -> Iterator[Run]:
+    placed = [as_override("engine", {"name": engine}), *(["references.from=in_process"] if engine == "single" else [])]
+    for method in methods:
+        here = [f"root={base.root}", f"run={method.name}_seed{seed}", f"seed={seed}", f"train.steps={steps}"]
+        here.append("pipeline=[]")  # the base's: its evaluation would ask for held-out rows that a method may not read
+        overrides = [*base.rows, *method.blocks, *base.own, *placed, *here]
+        loaded = load(base.name, overrides)
+        check_recipe(loaded.recipe, loaded.where)
+        yield Run(base, method, seed, overrides, loaded.recipe)
