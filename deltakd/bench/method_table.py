@@ -98,8 +98,9 @@ def _legend(seeds: Sequence[str], baseline: str) -> str:
     over = "prompts and seeds, both resampled; of so few seeds it is too narrow where seeds matter more than prompts"
     if len(seeds) == 1:
         over = "prompts alone: there is one seed, and the interval does not know how far another would be"
+    of = f"the seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)}"
     return (
-        f"Means over held-out prompts and the seeds {', '.join(seeds)} of the training. ROUGE: F1 x 100, rouge-score "
+        f"Means over held-out prompts and {of} of the students' training. ROUGE: F1 x 100, rouge-score "
         "with its stemmer. Cross-entropy: validation loss, nats per token of the held-out references, lower is better; "
         "`kept` likewise, on text outside the fine-tuning data. KL to teacher: KL(teacher, student), nats per token of "
         f"the references. In brackets: mean difference per row and seed to {baseline} with its paired 95% bootstrap "

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltakd.base.errors import RecipeError
-from deltakd.recipe.load import dump_recipe, find_recipe, load, load_recipe
+from deltakd.recipe.load import as_override, dump_recipe, find_recipe, load, load_recipe, read_added
 from deltakd.recipe.schema import Recipe
 
 BASE = """\
@@ -237,3 +237,20 @@ def test_loading_and_checking_import_no_heavy_library():
     environment = {"PYTHONPATH": str(repository), "PATH": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_a_recipe_adds_is_its_own_folder_s_and_means_the_same_as_overrides(tmp_path):
+    """The base lies elsewhere: what it sets is not added. 1e-5 as JSON writes it would be a text to YAML."""
+    (tmp_path / "more").mkdir()
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(load_recipe("quickstart").model_dump(by_alias=True)))
+    (tmp_path / "more" / "one.yaml").write_text(
+        'extends: ../base.yaml\nobjective: {target: {name: taid}}\ndata: {train: {path: "{root}/a, b: c.jsonl"}}\n'
+    )
+    (tmp_path / "more" / "two.yaml").write_text(
+        "extends: one\ntrain: {learning_rate: 1.0e-05}\nobjective: {divergence: {name: jsd, beta: 0.3}}\n"
+    )
+    two = str(tmp_path / "more" / "two.yaml")
+    added = read_added(two)
+    assert set(added) == {"train", "objective", "data"} and added["objective"]["target"] == {"name": "taid"}
+    overrides = [as_override(key, value) for key, value in added.items()]
+    assert load_recipe(str(tmp_path / "base.yaml"), overrides) == load_recipe(two, ["root=runs/quickstart"])
