@@ -14,11 +14,16 @@ from deltakd.evaluate.scores import Interval, two_level_difference
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: its scores, and the seconds that it took. `wall_s` of a run that was resumed is not known."""
+    """One run: its scores, and the seconds that it took.
+
+    `writing_s` is what a student took that writes its own batches, between its steps; with references from a service,
+    which is asked ahead, a part of it lies within steps. `wall_s` of a run that was resumed is not known.
+    """
 
     seed: int
     scores: ModelScores
     step_s: float  # the sum over steps
+    writing_s: float
     wall_s: float | None  # the whole process, loading included
     commit: str  # of the code that trained it
 
@@ -47,7 +52,7 @@ def summarise(
                 )
                 for metric in runs[0].scores.rows
             },
-            "step_s": median(run.step_s for run in runs),
+            "training_s": median(run.step_s + run.writing_s for run in runs),
             "wall_s": _median_of_known([run.wall_s for run in runs]),
             "seeds": {str(run.seed): _of_seed(run) for run in runs},
         }
@@ -62,7 +67,8 @@ def _mean(runs: Sequence[Measured], metric: str) -> float:
 def _of_seed(run: Measured) -> dict[str, Any]:
     means = {metric: run.scores.mean(metric) for metric in run.scores.rows}
     facts = {"num_truncated": run.scores.num_truncated, "weights": run.scores.weights, "commit": run.commit}
-    return means | {"step_s": run.step_s, "wall_s": run.wall_s} | facts
+    seconds = {"step_s": run.step_s, "writing_s": run.writing_s, "wall_s": run.wall_s}
+    return means | seconds | facts
 
 
 def _median_of_known(seconds: Sequence[float | None]) -> float | None:
@@ -73,7 +79,7 @@ def _median_of_known(seconds: Sequence[float | None]) -> float | None:
 def markdown(summary: Mapping[str, Mapping[str, Any]], frozen: Sequence[ModelScores], baseline: str) -> str:
     """Return one base's table and what its columns mean; `frozen` models, which no method trained, come first."""
     runs = next(iter(summary.values()))
-    metrics = [metric for metric in runs if metric not in ("difference", "step_s", "wall_s", "seeds")]
+    metrics = [metric for metric in runs if metric not in ("difference", "training_s", "wall_s", "seeds")]
     titles = ["method", *(TITLES.get(metric, metric) for metric in metrics), "training, s", "whole process, s"]
     lines = [titles, ["---"] * len(titles)]
     for model in frozen:
@@ -85,7 +91,7 @@ def markdown(summary: Mapping[str, Mapping[str, Any]], frozen: Sequence[ModelSco
             + (f" ({signed(differences[metric], metric)})" if metric in differences else "")
             for metric in metrics
         ]
-        lines.append([name, *cells, *(_seconds(figures[key]) for key in ("step_s", "wall_s"))])
+        lines.append([name, *cells, *(_seconds(figures[key]) for key in ("training_s", "wall_s"))])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"{table}\n\n{_legend(sorted(runs['seeds'], key=int), baseline)}\n"
 
@@ -104,6 +110,6 @@ def _legend(seeds: Sequence[str], baseline: str) -> str:
         "with its stemmer. Cross-entropy: validation loss, nats per token of the held-out references, lower is better; "
         "`kept` likewise, on text outside the fine-tuning data. KL to teacher: KL(teacher, student), nats per token of "
         f"the references. In brackets: mean difference per row and seed to {baseline} with its paired 95% bootstrap "
-        f"interval over {over}. Training: the sum of a run's step times; whole process: loading and export included; "
-        "medians over seeds."
+        f"interval over {over}. Training: the sum of a run's step times, and of the time in which a student wrote its "
+        "own batches; whole process: loading and export included; medians over seeds."
     )

@@ -16,6 +16,7 @@ from deltakd.base.errors import RunError
 from deltakd.base.files import write_json, write_text
 from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
+from deltakd.base.rundir import ROLLOUTS
 from deltakd.bench.method_plan import SET_HERE, Base, Run, plan
 from deltakd.bench.method_runs import WALL, directory_of, train_all
 from deltakd.bench.method_table import Measured, markdown, summarise
@@ -142,10 +143,11 @@ def _score(base: Base, runs: Sequence[Run], console: Console) -> tuple[dict[str,
 
 def _measured(run: Run, scores: ModelScores) -> Measured:
     directory = directory_of(run)
-    steps = directory.read_lines("steps.jsonl")
+    step_s = sum(step["step_s"] for step in directory.read_lines("steps.jsonl"))
+    writing_s = sum(writing["s"] for writing in directory.read_lines(ROLLOUTS))
     wall, began = directory.path / WALL, json.loads((directory.path / "run.json").read_text())
     wall_s = float(json.loads(wall.read_text())["wall_s"]) if wall.exists() else None
-    return Measured(run.seed, scores, sum(step["step_s"] for step in steps), wall_s, began["commit"])
+    return Measured(run.seed, scores, step_s, writing_s, wall_s, began["commit"])
 
 
 def _settings(asked: Asked) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def measured(seed: int, shift: float, wall_s: float | None = 30.0) -> Measured:
     rows = {name: list(0.5 + 0.01 * prompts + by_prompt + own) for name in ("rouge1", "rougeL")}
     rows |= {CROSS_ENTROPY: list(1 + prompts - by_prompt - own), KL_TO_TEACHER: list(2 + prompts)}
     rows[f"{KEPT}text"] = [1.0, 2.0, 3.0]
-    return Measured(seed, ModelScores(f"m_seed{seed}", "folder", "id", rows, 4), 10.0 * seed, wall_s, "abc")
+    return Measured(seed, ModelScores(f"m_seed{seed}", "folder", "id", rows, 4), 9.0 * seed, 1.0 * seed, wall_s, "abc")
 
 
 def test_the_table_has_means_over_seeds_and_prompts_and_paired_differences_to_sft():
@@ -106,7 +106,7 @@ def test_the_table_has_means_over_seeds_and_prompts_and_paired_differences_to_sf
     assert difference[CROSS_ENTROPY]["high"] < 0 < difference["rouge1"]["low"]  # prompts' own noise cancels in pairs
     assert difference[KL_TO_TEACHER] == {"mean": 0, "low": 0, "high": 0} and summary["sft"]["difference"] == {}
     assert list(summary["delta"]["seeds"]) == ["1", "2", "3"] and summary["delta"]["seeds"]["3"]["wall_s"] is None
-    assert (summary["delta"]["step_s"], summary["delta"]["wall_s"]) == (20, 8.5)
+    assert (summary["delta"]["training_s"], summary["delta"]["wall_s"]) == (20, 8.5)
 
     table = markdown(summary, [methods["sft"][0].scores], "sft").splitlines()
     assert table[0] == (
@@ -142,7 +142,7 @@ def test_the_command_trains_scores_and_writes_and_does_nothing_twice(command, ca
     (base,) = report["bases"].values()
     assert list(base["methods"]) == ["sft", "delta"] and base["steps"] == 2 and report["settings"]["seeds"] == [3]
     for name, one in base["methods"].items():
-        assert one["kl_to_teacher"] > 0 and 0 < one["step_s"] < one["wall_s"], name
+        assert one["kl_to_teacher"] > 0 and 0 < one["training_s"] < one["wall_s"], name
         assert one["seeds"]["3"]["kl_to_teacher"] == one["kl_to_teacher"]
         steps = (folder / "tiny" / f"{name}_seed3" / "steps.jsonl").read_text().splitlines()
         assert len(steps) == 2 and (folder / "tiny" / "methods" / "predictions" / f"{name}_seed3.jsonl").exists()
