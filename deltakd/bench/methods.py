@@ -54,6 +54,9 @@ def bench(asked: Asked) -> None:
     use_threads()
     console = Console(stderr=True)
     bases = [Base(name, _rows(asked, name), asked.overrides, asked.root / Path(name).stem) for name in asked.bases]
+    for base in bases:
+        if TEACHER not in base.load().recipe.models.roles:
+            raise RunError(f"--bases: {base.name} has no models.teacher, from which every KL is taken. Write another.")
     runs = {base.name: plan(base, asked.methods, asked.seeds, asked.steps, asked.engine) for base in bases}
     for base in bases:
         _prepare(base, runs[base.name])
