@@ -97,8 +97,21 @@ def read_method(base: Base, name: str) -> Method:
             "generate. bench methods knows one of each at most: leave it out of --methods, or make two recipes of it."
         )
     changes = trained[0] if trained else {}
-    method = Method(name, [*_overrides(added), *_overrides(changes)])
+    plain = _overrides(_plain_text(base, recipe)) if "corpus" in added.get("data", {}) else []
+    method = Method(name, [*_overrides(added), *_overrides(changes), *plain])
     return _with_responses(base, recipe, method, added, writing[0]) if writing else method
+
+
+def _plain_text(base: Base, recipe: Recipe) -> dict[str, Any]:
+    """Return a block in which the text that a method learns beside its steps is what the base's raw student has read.
+
+    A baseline's file can only name that of the recipe it extends. Empty where no stage of the base made that student.
+    """
+    for stage in recipe.pipeline:
+        if stage.train is not None and recipe.models.student.weights.startswith(f"{recipe.root}/{stage.name}/"):
+            read = load(base.name, base.overrides, stage.name).recipe.data.train
+            return {"data": {"corpus": read.model_dump(mode="json")}}
+    return {}
 
 
 def _with_responses(

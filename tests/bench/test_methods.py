@@ -43,7 +43,7 @@ def test_every_method_fits_on_every_base_and_shares_its_models_its_batches_and_i
         assert recipe.references.source == "in_process" and recipe.pipeline == []
         assert recipe.train.tokens_per_step == sft.train.tokens_per_step, run.label
         if run.method.generate is None:
-            assert recipe.data == sft.data, run.label
+            assert recipe.data.model_copy(update={"corpus": None}) == sft.data, run.label
     assert sft.objective.sft_weight == 1 and by_label["delta_seed5"].recipe.objective.target.name == "delta"
     assert by_label["gkd_seed6"].recipe.objective == load_recipe("baselines/gkd").objective
 
@@ -61,6 +61,16 @@ def test_seqkd_learns_responses_to_the_prompts_of_the_base(name):
     assert learnt.train.path == f"runs/{name}/responses/responses.jsonl" and learnt.format == "messages"
     assert (learnt.train.skip_rows, learnt.train.num_rows) == (0, None)
     assert run.recipe.train.steps == base.load().recipe.train.steps
+
+
+@pytest.mark.parametrize(
+    "name,path,num_rows",
+    [("quickstart", "runs/quickstart/world/raw_train.jsonl", None), ("small_chat", "chat_train.jsonl.gz", 20_000)],
+)
+def test_plain_text_beside_a_method_s_steps_is_what_the_base_s_raw_student_has_read(name, path, num_rows):
+    (run,) = plan(base_of(name), ["minillm"], [1], None, "single")
+    corpus = run.recipe.data.corpus
+    assert (corpus.path, corpus.skip_rows, corpus.num_rows, corpus.weight) == (path, 0, num_rows, 1.0)
 
 
 def test_of_a_base_s_pipeline_only_what_the_methods_read_is_made():
