@@ -66,7 +66,9 @@ def bench(asked: Asked) -> None:
     for base in bases:
         figures, table = _score(base, runs[base.name], console)
         report["bases"][base.name] = figures
-        text += f"\n## {base.name}, {figures['steps']:,} steps\n\n{table}"
+        # Runs that were there already may be of other code than what makes this table.
+        trained = f"{figures['steps']:,} steps, {figures['num_prompts']} held-out prompts; trained by code at "
+        text += f"\n## {base.name}\n\n{trained}{', '.join(figures['commits'])}.\n\n{table}"
     write_json(asked.out, report)
     write_text(asked.out.with_suffix(".md"), text)
     print(f"{text}\n{asked.out}: written, and {asked.out.with_suffix('.md')}")
@@ -137,6 +139,7 @@ def _score(base: Base, runs: Sequence[Run], console: Console) -> tuple[dict[str,
     figures = {
         "steps": runs[0].recipe.train.steps,
         "overrides": base.overrides,
+        "commits": sorted({one.commit for measured in methods.values() for one in measured}),
         "num_prompts": len(scored[0].rows["rougeL"]),
         "frozen": {one.label: {metric: one.mean(metric) for metric in one.rows} for one in frozen},
         "methods": {name: {"adds": adds[name], **one} for name, one in summary.items()},
