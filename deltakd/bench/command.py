@@ -78,7 +78,9 @@ def _add_methods(methods: argparse.ArgumentParser) -> None:
         "--methods", help="by commas; default: sft, forward_kl, delta and every recipe in recipes/baselines"
     )
     methods.add_argument("--seeds", default="1,2,3", help="of the students' training; default 1,2,3")
-    methods.add_argument("--steps", type=int, help="updates of every student; default: the base's train.steps")
+    methods.add_argument(
+        "--steps", help="updates of every student: a number, or one for each base; default: the base's train.steps"
+    )
     methods.add_argument("--jobs", type=int, default=1, help="trainings at a time, of one thread each; default 1")
     methods.add_argument(
         "--engine", default="single", help="default single, with frozen models beside the student in its process"
@@ -172,17 +174,13 @@ def _run_methods(options: argparse.Namespace) -> None:
     from deltakd.bench import methods
     from deltakd.bench.method_plan import default_methods
 
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise RunError(f"--seeds: {options.seeds} are no whole numbers. Write them by commas: 1,2,3.") from None
     given = {"small_chat": options.chat_data, "small_math": options.math_data}
     methods.bench(
         methods.Asked(
             bases=options.bases.split(","),
             methods=options.methods.split(",") if options.methods else default_methods(),
-            seeds=seeds,
-            steps=options.steps,
+            seeds=_numbers("--seeds", options.seeds),
+            steps=_numbers("--steps", options.steps) if options.steps else [],
             jobs=options.jobs,
             engine=options.engine,
             root=options.root,
@@ -212,3 +210,10 @@ def _run_of_recipe(options: argparse.Namespace) -> None:
         from deltakd.bench import payloads
 
         payloads.bench(options.recipe, options.overrides, options.out)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise RunError(f"{option}: {text} are no whole numbers. Write them by commas: 1,2,3.") from None

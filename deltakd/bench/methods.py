@@ -39,7 +39,7 @@ class Asked:
     bases: Sequence[str]
     methods: Sequence[str]
     seeds: Sequence[int]
-    steps: int | None
+    steps: Sequence[int]  # of each base, or one number for all; none: the base's own
     jobs: int
     engine: str
     root: Path
@@ -57,7 +57,10 @@ def bench(asked: Asked) -> None:
     for base in bases:
         if TEACHER not in base.load().recipe.models.roles:
             raise RunError(f"--bases: {base.name} has no models.teacher, from which every KL is taken. Write another.")
-    runs = {base.name: plan(base, asked.methods, asked.seeds, asked.steps, asked.engine) for base in bases}
+    runs = {
+        base.name: plan(base, asked.methods, asked.seeds, steps, asked.engine)
+        for base, steps in zip(bases, _steps(asked), strict=True)
+    }
     for base in bases:
         _prepare(base, runs[base.name])
     train_all([run for base in bases for run in runs[base.name]], asked.jobs, console)
@@ -84,11 +87,21 @@ def _refuse(asked: Asked) -> None:
     for name, given in (("bases", asked.bases), ("methods", asked.methods), ("seeds", asked.seeds)):
         if len(set(given)) < len(given):
             raise RunError(f"--{name}: {','.join(map(str, given))} has one of them twice. Write each once.")
+    if len(asked.steps) > 1 and len(asked.steps) != len(asked.bases):
+        raise RunError(
+            f"--steps: {len(asked.steps)} numbers for {len(asked.bases)} bases. Write one number, or one for each."
+        )
     if asked.jobs < 1:
         raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
     for override in asked.overrides:
         if (key := override.partition("=")[0]) in SET_HERE:
             raise RunError(f"{override}: bench methods sets {key} itself. Leave it out; there are --root and --seeds.")
+
+
+def _steps(asked: Asked) -> list[int | None]:
+    if not asked.steps:
+        return [None] * len(asked.bases)
+    return list(asked.steps) if len(asked.steps) > 1 else list(asked.steps) * len(asked.bases)
 
 
 def _rows(asked: Asked, name: str) -> list[str]:
