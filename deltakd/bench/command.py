@@ -6,6 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from deltakd.base.errors import RunError
 from deltakd.bench.arms import ARMS
 from deltakd.bench.case import NAMES, Case
 from deltakd.bench.shapes import PAIRS
@@ -170,7 +171,6 @@ def run_bench(options: argparse.Namespace) -> None:
 
 
 def _run_methods(options: argparse.Namespace) -> None:
-    from deltakd.base.errors import RunError
     from deltakd.bench import methods
     from deltakd.bench.method_plan import default_methods
 
