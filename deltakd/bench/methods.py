@@ -99,9 +99,8 @@ def _refuse(asked: Asked) -> None:
 
 
 def _steps(asked: Asked) -> list[int | None]:
-    if not asked.steps:
-        return [None] * len(asked.bases)
-    return list(asked.steps) if len(asked.steps) > 1 else list(asked.steps) * len(asked.bases)
+    given: list[int | None] = [*asked.steps] or [None]
+    return given if len(given) > 1 else given * len(asked.bases)
 
 
 def _rows(asked: Asked, name: str) -> list[str]:

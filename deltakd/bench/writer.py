@@ -21,12 +21,12 @@ from deltakd.base.rundir import RunDirectory
 from deltakd.bench.rollouts import LINES
 from deltakd.data.examples import ExampleSet
 from deltakd.evaluate.generate import write_tokens
+from deltakd.evaluate.settings import SamplingSettings
 from deltakd.recipe.build import build_parts, meet
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import load
 from deltakd.recipe.rollouts import load_copy
-from deltakd.rollout.settings import RolloutSettings
-from deltakd.rollout.stream import prompt_of
+from deltakd.rollout.writing import prompt_of
 from deltakd.train.loop import TrainParts
 from deltakd.train.step import Scored, train_step
 
@@ -43,20 +43,20 @@ class Arms:
         # No row of the head has this id: no answer ends early. As prompts are of one length, none is padded with it.
         self._never = int(self._copy.config.vocab_size)
 
-    def copy(self, settings: RolloutSettings) -> tuple[dict[str, float], Answers]:
+    def copy(self, settings: SamplingSettings) -> tuple[dict[str, float], Answers]:
         """Refresh the copy and write with it: what a recipe's rollouts do."""
         _, refresh_s = timed(self._world, self._refresh)
         answers, write_s = timed(self._world, lambda: self._write(self._copy, settings, synced=False))
         return {"refresh_s": refresh_s, "copy_write_s": write_s}, answers
 
-    def sharded(self, settings: RolloutSettings) -> tuple[dict[str, float], Answers]:
+    def sharded(self, settings: SamplingSettings) -> tuple[dict[str, float], Answers]:
         """Write with the engine's own module, whose weights the ranks gather for every token: what validation does."""
         with self._engine.evaluating() as model:
             synced = self._world.size > 1
             answers, write_s = timed(self._world, lambda: self._write(model, settings, synced))
         return {"sharded_write_s": write_s}, answers
 
-    def _write(self, model: Any, settings: RolloutSettings, synced: bool) -> Answers:
+    def _write(self, model: Any, settings: SamplingSettings, synced: bool) -> Answers:
         answers = write_tokens(model, self._prompts, self._never, settings, synced=synced)
         if any(len(answer) != settings.max_new_tokens for answer in answers):
             raise RunError("bench rollouts: an answer ended early, so the arms cannot be compared. Report this.")
@@ -86,7 +86,7 @@ def own_prompts(examples: ExampleSet, each: int, world: World) -> list[list[int]
     return [prompt[-length:] for prompt in prompts[world.rank :: world.size]]
 
 
-def measure(arms: Arms, world: World, settings: RolloutSettings, number: int) -> dict[str, Any]:
+def measure(arms: Arms, world: World, settings: SamplingSettings, number: int) -> dict[str, Any]:
     """Take one round: both arms, the order of which changes from round to round."""
     turns = [arms.copy, arms.sharded] if number % 2 else [arms.sharded, arms.copy]
     seconds: dict[str, float] = {}
@@ -117,7 +117,8 @@ def main(recipe: str, each: str, rounds: str, train_steps: str, *overrides: str)
     world = meet(loaded.recipe, role)
     parts = build_parts(inputs, examples, role, world, None)
     prompts = own_prompts(examples, int(each), world)
-    settings, arms = loaded.recipe.rollouts, Arms(inputs, parts, prompts)
+    rollouts, arms = loaded.recipe.rollouts, Arms(inputs, parts, prompts)
+    settings = rollouts.sampling(rollouts.max_new_tokens, seed=0)
     run = RunDirectory(Path(loaded.recipe.directory))
     steps = enumerate(parts.steps(0), start=1)
     for number in range(int(rounds) + 1):

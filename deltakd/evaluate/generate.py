@@ -74,12 +74,13 @@ def draw_tokens(
     settings: SamplingSettings,
     advance: Callable[[int], object] = lambda _: None,
     synced: bool = False,
+    vocab_size: int | None = None,
     observe: Callable[[Tensor], Draw] | None = None,
 ) -> list[tuple[list[int], Tensor | None]]:
     """Return the tokens of each prompt's answer as `write_tokens`, and what is known of each token [2, tokens].
 
-    `observe` makes from the prompts' mask [B, longest prompt] what draws a batch (drawing.py); without it nothing is
-    known.
+    Tokens from `vocab_size` on are never drawn; None: all may be. `observe` makes from the prompts' mask [B, longest
+    prompt] what draws a batch (drawing.py); without it nothing is known.
     """
     order = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), index))
     answers: list[tuple[list[int], Tensor | None]] = [([], None)] * len(prompts)
@@ -88,7 +89,7 @@ def draw_tokens(
         for first in range(0, len(order), settings.batch_size):
             chosen = order[first : first + settings.batch_size]
             asked = [prompts[index] for index in chosen]
-            written, known = _generate_batch(model, asked, end_id, settings, synced, observe)
+            written, known = _generate_batch(model, asked, end_id, settings, synced, vocab_size, observe)
             for row, (index, tokens) in enumerate(zip(chosen, written.tolist(), strict=True)):
                 tokens = tokens[: tokens.index(end_id) + 1] if end_id in tokens else tokens
                 answers[index] = tokens, None if known is None else known[:, row, : len(tokens)]
@@ -102,10 +103,11 @@ def _generate_batch(
     end_id: int,
     settings: SamplingSettings,
     synced: bool,
+    vocab_size: int | None,
     observe: Callable[[Tensor], Draw] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the tokens written after each prompt [B, at most max_new_tokens], and what is known of them."""
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, SuppressTokensLogitsProcessor
 
     device = next(model.parameters()).device
     length = max(map(len, prompts))
@@ -123,6 +125,10 @@ def _generate_batch(
         **sampling,
     )
     draw = observe(mask) if observe is not None else None
+    processors = LogitsProcessorList([draw] if draw is not None else [])
+    head_rows = len(model.get_output_embeddings().weight)
+    if vocab_size is not None and vocab_size < head_rows:
+        processors.append(SuppressTokensLogitsProcessor(list(range(vocab_size, head_rows)), device=str(device)))
     # A model's own generation_config could bring sampling or a repetition penalty that the recipe does not name.
     own, model.generation_config = model.generation_config, config
     try:
@@ -131,7 +137,7 @@ def _generate_batch(
             attention_mask=mask,
             generation_config=config,
             synced_gpus=synced,
-            logits_processor=LogitsProcessorList([draw] if draw is not None else []),
+            logits_processor=processors,
         )
     finally:
         model.generation_config = own  # which an export writes down

@@ -8,13 +8,18 @@ from deltakd.base.settings import Settings
 from deltakd.data.settings import SourceSettings
 
 
-class SamplingSettings(Settings):
-    """How a model's answers are drawn."""
+class DrawSettings(Settings):
+    """From what a model's answers are drawn."""
 
     max_new_tokens: int = Field(256, gt=0)
     batch_size: int = Field(16, gt=0)
     temperature: float = Field(0.0, ge=0, description="0: greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
+
+
+class SamplingSettings(DrawSettings):
+    """How a model's answers are drawn."""
+
     seed: int = Field(0, ge=0)
 
 

@@ -141,7 +141,6 @@ class Objective:
             parts |= more
             loss = loss + settings.divergence_weight * self._factor * parts["divergence"]  # sft_weight is 0
             grad.add_(of_divergence, alpha=settings.divergence_weight)
-        parts.setdefault("divergence", torch.zeros_like(loss))
         return TokenLoss(parts | {"loss": loss}, grad)
 
     def _divergence(

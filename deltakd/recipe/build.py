@@ -142,7 +142,7 @@ def build_parts(
     policy = recipe.objective.policy_gradient
     keep = validation = written = None
     if recipe.rollouts.are_written:
-        written = build_rollouts(inputs, examples, batches, role, world, engine, run)
+        written = build_rollouts(inputs, examples, batches, role, world, engine, run, stop)
     if run is not None:
         validation = build_validation(inputs, role, stream, partial(_keep_best, run, engine, inputs, role))
         facts_ = facts_of_run(inputs, examples) if role.rank == 0 else {}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from deltakd.base.errors import RecipeError
+from deltakd.data.settings import SourceSettings
 from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.settings import role_key
 from deltakd.recipe.load import Loaded, load
@@ -201,22 +202,27 @@ def _check_schedule(recipe: Recipe, where: Where) -> None:
 
 
 def _check_rows_apart(recipe: Recipe, where: Where) -> None:
-    """Refuse validation rows that are also trained on."""
-    train, validation = recipe.data.train, recipe.data.validation
-    if validation is None or not same_rows_source(train, validation):
+    """Refuse validation rows that are also learnt."""
+    _check_apart("train", recipe.data.train, recipe.data.validation, where)
+    if recipe.data.corpus is not None:
+        _check_apart("corpus", recipe.data.corpus, recipe.data.validation, where)
+
+
+def _check_apart(key: str, learnt: SourceSettings, validation: SourceSettings | None, where: Where) -> None:
+    if validation is None or not same_rows_source(learnt, validation):
         return
-    (train_begin, train_end), (begin, end) = row_range(train), row_range(validation)
-    if max(train_begin, begin) >= min(train_end, end):
+    (learnt_begin, learnt_end), (begin, end) = row_range(learnt), row_range(validation)
+    if max(learnt_begin, begin) >= min(learnt_end, end):
         return
     if end != float("inf"):
-        todo = f"Write data.train.skip_rows: {end:_}"
-    elif train_end != float("inf"):
-        todo = f"Write data.validation.skip_rows: {train_end:_}"
+        todo = f"Write data.{key}.skip_rows: {end:_}"
+    elif learnt_end != float("inf"):
+        todo = f"Write data.validation.skip_rows: {learnt_end:_}"
     else:
-        todo = "Write data.validation.num_rows, and the same number as data.train.skip_rows"
-    shared_end = min(train_end, end)
-    shared = f"{max(train_begin, begin):,} to {'the last' if shared_end == float('inf') else format(shared_end, ',')}"
-    raise RecipeError(f"{where('data.validation')}: rows {shared} of {validation.path} are also in data.train. {todo}.")
+        todo = f"Write data.validation.num_rows, and the same number as data.{key}.skip_rows"
+    shared_end = min(learnt_end, end)
+    shared = f"{max(learnt_begin, begin):,} to {'the last' if shared_end == float('inf') else format(shared_end, ',')}"
+    raise RecipeError(f"{where('data.validation')}: rows {shared} of {validation.path} are also in data.{key}. {todo}.")
 
 
 def _check_labels(labels: Iterable[str], key: str, where: Where) -> None:

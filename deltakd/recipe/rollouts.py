@@ -20,6 +20,7 @@ from deltakd.recipe.inputs import Inputs
 from deltakd.rollout.mixture import Mixture
 from deltakd.rollout.stream import Rollouts
 from deltakd.rollout.writing import Answer, Writer
+from deltakd.train.loop import heed
 
 
 def build_rollouts(
@@ -30,8 +31,9 @@ def build_rollouts(
     world: World,
     engine: Engine,
     run: RunDirectory | None,
+    stop: Callable[[], str | None],
 ) -> Rollouts:
-    """Load the copy that writes and return the stream of its batches."""
+    """Load the copy that writes and return the stream of its batches; `stop` says why it shall not go on writing."""
     recipe = inputs.recipe
     settings = recipe.rollouts
     copy, refresh = load_copy(inputs, engine)
@@ -43,8 +45,8 @@ def build_rollouts(
         observe = partial(Drawing, vocab_size=inputs.vocab_size, teacher=teacher, share=settings.teacher_mix)
 
     def write(prompts: Sequence[list[int]], most: int, seed: int) -> list[Answer]:
-        own = settings.model_copy(update={"max_new_tokens": most, "seed": seed})
-        drawn = draw_tokens(copy, prompts, end_id, own, observe=observe)
+        own = settings.sampling(most, seed)
+        drawn = draw_tokens(copy, prompts, end_id, own, vocab_size=inputs.vocab_size, observe=observe)
         kept = (known.cpu().numpy() if known is not None and is_known else None for _, known in drawn)
         return [Answer(tokens, known) for (tokens, _), known in zip(drawn, kept, strict=True)]
 
@@ -52,7 +54,7 @@ def build_rollouts(
         if run is not None and role.rank == 0:
             run.append(ROLLOUTS, facts)
 
-    writer = Writer(settings, recipe.seed, recipe.data.max_tokens, world, write)
+    writer = Writer(settings, recipe.seed, recipe.data.max_tokens, world, write, lambda: heed(world, stop()))
     mixture = Mixture(settings, recipe.seed, recipe.train.steps)
     return Rollouts(stream, examples, settings, recipe.seed, mixture, writer, refresh, record)
 

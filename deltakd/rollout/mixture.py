@@ -18,7 +18,7 @@ class Mixture:
     """The on-policy fraction as it moves, and what it makes of each step."""
 
     def __init__(self, settings: RolloutSettings, seed: int, num_steps: int) -> None:
-        self._settings, self._seed, self._num_steps = settings, seed, num_steps
+        self._settings, self._seed, self.num_steps = settings, seed, num_steps
         self.fraction = settings.on_policy_fraction
         self._compared: float | None = None  # the validation loss that the next is held against
 
@@ -33,7 +33,7 @@ class Mixture:
 
     def _fresh(self, step: int) -> float:
         assert self._settings.replay is not None
-        gone = min(1.0, step / self._num_steps)
+        gone = min(1.0, step / self.num_steps)
         return {"decreasing": 1 - gone, "constant": 0.5, "increasing": gone}[self._settings.replay.fresh]
 
     def observe(self, loss: float) -> None:

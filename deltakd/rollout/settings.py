@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from deltakd.base.settings import Settings
-from deltakd.evaluate.settings import SamplingSettings
+from deltakd.evaluate.settings import DrawSettings, SamplingSettings
 
 
 class AdaptiveSettings(Settings):
@@ -28,8 +28,11 @@ class ReplaySettings(Settings):
     )
 
 
-class RolloutSettings(SamplingSettings):
-    """On-policy steps: the prompts of the step's examples, answered by the student as it stands (GKD, 2306.13649)."""
+class RolloutSettings(DrawSettings):
+    """On-policy steps: the prompts of the step's examples, answered by the student as it stands (GKD, 2306.13649).
+
+    Draws come from the recipe's `seed` and the step.
+    """
 
     on_policy_fraction: float = Field(
         0.0, ge=0, le=1, description="Share of steps that the student writes; 0: none. With `adaptive` its start."
@@ -43,6 +46,11 @@ class RolloutSettings(SamplingSettings):
     )
     adaptive: AdaptiveSettings | None = Field(None, description="How the fraction rises; null: it stays.")
     replay: ReplaySettings | None = Field(None, description="A buffer of what was written; null: none.")
+
+    def sampling(self, max_new_tokens: int, seed: int) -> SamplingSettings:
+        """Return how some answers are drawn."""
+        chosen = self.model_dump(include=set(DrawSettings.model_fields))
+        return SamplingSettings(**chosen | {"max_new_tokens": max_new_tokens, "seed": seed})
 
     @property
     def are_written(self) -> bool:

@@ -49,6 +49,7 @@ class Rollouts:
         self._mixture, self._writer, self._refresh, self._record = mixture, writer, refresh, record
         self._made: dict[int, list[Example]] = {}  # the student's tokens by step, up to the last that is decided
         self._decided = 0
+        self._last: Sequence[float] = ()  # what was written last, and for which step first
         capacity = settings.replay.capacity if settings.replay is not None else 0
         self._buffer: deque[Example] = deque(maxlen=capacity)
 
@@ -70,7 +71,8 @@ class Rollouts:
                 if step <= first:
                     continue
                 if self.waits(step):
-                    self._decide([(one, asked) for one, asked in block if one >= step])
+                    last = max(step, self._mixture.num_steps)  # nobody learns what is written for a step behind it
+                    self._decide([(one, asked) for one, asked in block if step <= one <= last])
                 made = self._made.get(step)
                 yield self._stream.cut(chosen) if made is None else self._stream.cut_examples(made)
 
@@ -98,8 +100,17 @@ class Rollouts:
                 self._made[step] = self._again(step, len(chosen))
         self._decided = block[-1][0]
         answers = [example for examples in written.values() for example in examples]
-        facts = {"step": block[0][0], "answers": len(answers), "tokens": sum(int(a.supervised.sum()) for a in answers)}
-        self._record(facts | {"fraction": self._mixture.fraction, "s": time.perf_counter() - started})
+        tokens = sum(int(answer.supervised.sum()) for answer in answers)
+        spent = time.perf_counter() - started
+        self._tell((block[0][0], len(answers), tokens, self._mixture.fraction, spent))
+
+    def _tell(self, facts: Sequence[float]) -> None:
+        """Take note of what was written last."""
+        self._last = facts
+        step, answers, tokens, fraction, spent = facts
+        self._record(
+            {"step": int(step), "answers": int(answers), "tokens": int(tokens), "fraction": fraction, "s": spent}
+        )
 
     def _again(self, step: int, count: int) -> list[Example]:
         """Draw answers from the buffer, none twice while there are enough."""
@@ -113,6 +124,8 @@ class Rollouts:
         kept += [(0, example) for example in self._buffer]
         state = {name: torch.tensor(value, dtype=torch.float64) for name, value in self._mixture.state().items()}
         state["decided"] = torch.tensor(self._decided)
+        if self._last and self._last[0] > step:  # a run that goes on from here has no line of it
+            state["last"] = torch.tensor(self._last, dtype=torch.float64)
         if not kept:
             return state
         draws = [example.draws for _, example in kept if example.draws is not None]
@@ -129,6 +142,8 @@ class Rollouts:
         self._made = {}
         self._buffer.clear()
         self._decided = int(state["decided"])
+        if "last" in state:
+            self._tell(state["last"].tolist())
         self._mixture.restore({name: float(state[name]) for name in ("fraction", "compared") if name in state})
         if "steps" not in state:
             return

@@ -37,6 +37,7 @@ class Writer:
     max_tokens: int
     world: World
     write: Write
+    heed: Callable[[], None] = lambda: None  # raises on all ranks together if they shall not go on
 
     def answer(self, prompts: Mapping[int, Sequence[list[int]]]) -> dict[int, list[Example]]:
         """Return, by step, each prompt with its answer as an example; call it on all ranks together."""
@@ -46,10 +47,13 @@ class Writer:
             order = sorted(range(len(asked)), key=[(len(one), place) for place, one in enumerate(asked)].__getitem__)
             chunks += [(step, order[first : first + size]) for first in range(0, len(order), size)]
         mine: list[tuple[int, int, Answer]] = []
-        for number in range(self.world.rank, len(chunks), self.world.size):
-            step, places = chunks[number]
-            answers = self._answer([prompts[step][place] for place in places], step, number)
-            mine += [(step, place, answer) for place, answer in zip(places, answers, strict=True)]
+        for first in range(0, len(chunks), self.world.size):
+            self.heed()
+            number = first + self.world.rank
+            if number < len(chunks):
+                step, places = chunks[number]
+                answers = self._answer([prompts[step][place] for place in places], step, number)
+                mine += [(step, place, answer) for place, answer in zip(places, answers, strict=True)]
         told = {(step, place): answer for said in self.world.gather(mine) for step, place, answer in said}
         return {
             step: [join(prompt, told[step, place]) for place, prompt in enumerate(asked)]

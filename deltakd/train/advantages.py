@@ -51,8 +51,8 @@ class Advantages:
         if batch.draws is None:
             return batch, payloads
         said: dict[str, Tensor] = {STUDENT: batch.draws[0]}
-        for name in self._settings.reward:
-            if name != STUDENT:
+        for name, weight in self._settings.reward.items():
+            if weight and name != STUDENT:
                 said[name] = self._said(batch, payloads, name).to(batch.draws)
         earned_here = rewards(said, self._settings)
         earned[0] += float(earned_here.sum())

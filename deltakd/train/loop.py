@@ -115,10 +115,14 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
     # Two readers of one sequence: the references run ahead of the steps, across their boundaries.
     work, upcoming = tee(tasks(parts.steps, parts.alpha, parts.num_steps, parts.validation, parts.done, parts.waits))
     scored = together(parts.world, parts.references.ahead(_asked(upcoming)), parts.stop)
-    for task in work:
-        if task.waits:
-            continue
+    task = Task(parts.done + 1, [], parts.alpha.foretold(parts.done + 1), waits=True)
+    while True:
         try:
+            if (upcoming_task := next(work, None)) is None:  # which may be written now, and that may be stopped
+                return parts.done
+            task = upcoming_task
+            if task.waits:
+                continue
             _do(parts, task, scored, records)
         except Halt as halt:
             raise _kept(parts, task.step if task.held_out else task.step - 1, halt.reason) from None
@@ -134,7 +138,6 @@ def train(parts: TrainParts, records: Recorder | None) -> int:
             parts.checkpoints.save_if_due(step, ends)
         if ends:
             return step
-    return parts.done
 
 
 def _asked(tasks: Iterator[Task]) -> Iterator[tuple[PackedBatch, float] | None]:

@@ -19,7 +19,10 @@ from deltakd.train.step import StepRecord
 from deltakd.train.trace import Trace
 from deltakd.train.validation import Sample, ValidationRecord
 
-PLOTTED = ("loss", "cross_entropy", "divergence", "grad_norm", "learning_rate", "step_s", "wait_s")
+PLOTTED = (
+    *("loss", "cross_entropy", "policy", "reward", "corpus", "divergence", "grad_norm", "learning_rate"),
+    *("step_s", "wait_s"),
+)
 VALIDATED = ("loss", "cross_entropy", "divergence", "kl_to_target", "rouge1", "rouge2", "rougeL")
 SHOWN_LETTERS = 60  # of a prompt or an answer, on the console
 
@@ -92,10 +95,11 @@ class Records:
         self._write_trace(record.step)
         values = asdict(record)
         self._run.append("steps.jsonl", values)
-        for name in PLOTTED if self._tensorboard is not None else ():
-            self._tensorboard.add_scalar(name, values[name], record.step)
+        plotted = {name: values[name] for name in PLOTTED if values[name] is not None}
+        for name, value in plotted.items() if self._tensorboard is not None else ():
+            self._tensorboard.add_scalar(name, value, record.step)
         if self._wandb is not None:
-            self._wandb.log({name: values[name] for name in PLOTTED}, step=record.step)
+            self._wandb.log(plotted, step=record.step)
         text = describe(values)
         self._bar.update(self._task, completed=record.step, text=describe_briefly(values))
         if not self._is_terminal:

@@ -29,7 +29,8 @@ Scored = Iterator[tuple[PackedBatch, Payloads]]
 class StepRecord:
     """One line of steps.jsonl. Losses are means per supervised token; times are this rank's, in seconds.
 
-    KL and entropies are None where the objective has no target, or only draws from it; alpha is the target's. policy
+    KL and entropies are None where the objective has no target, or only draws from it, and the divergence where drawn
+    tokens learn by their rewards alone; alpha is the target's. policy
     and reward are of tokens that the student drew; corpus is the cross-entropy of plain text, which counts in the loss
     alone.
     """
@@ -40,7 +41,7 @@ class StepRecord:
     policy: float | None
     reward: float | None
     corpus: float | None
-    divergence: float
+    divergence: float | None
     kl_to_target: float | None
     student_entropy: float
     target_entropy: float | None
@@ -108,7 +109,8 @@ def train_step(
     means: dict[str, Any] = sums.means(world)
     grad_norm = engine.grad_norm()
     require_finite(step, means["loss"], grad_norm)
-    alpha.observe(means["divergence"])
+    if not math.isnan(means["divergence"]):  # drawn tokens may learn by their rewards alone
+        alpha.observe(means["divergence"])
     means = {name: None if math.isnan(mean) else mean for name, mean in means.items()}
     learning_rate = schedule(step)
     clock.mark("forward_backward_s")

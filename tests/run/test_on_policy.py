@@ -42,7 +42,7 @@ MINILLM = (
     "length_normalised: true, divergence_weight: 1}",
     "rollouts.teacher_mix=0.2",
     "rollouts.on_policy_fraction=1",
-    "data.corpus={path: '{root}/../validation.jsonl', tokens_per_step: 64}",
+    "data.corpus={path: '{root}/../train.jsonl', tokens_per_step: 64}",
 )
 DISTILLM = (
     "objective.divergence={name: skew_kl}",
