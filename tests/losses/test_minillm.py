@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltakd.losses import linear_loss, objective
 from deltakd.losses.objectives import Objective
-from deltakd.losses.policy import Draws, returns, rewards, whiten
+from deltakd.losses.policy import Draws, log_probs_of, returns, rewards, whiten
 
 FAR = 1e-3  # a mistaken number differs at least so much from the right one
 # No trick is on; every test names its own.
@@ -192,3 +192,12 @@ def test_the_chunked_loss_of_drawn_tokens_is_that_of_whole_logits(weight, chunk)
         torch.autograd.grad(found.total, (hidden, head)), torch.autograd.grad(plain.sum(), (hidden, head)), strict=True
     ):
         assert_equal(mine, other)
+
+
+def test_a_frozen_model_s_log_probabilities_are_of_its_labels_over_the_shared_vocabulary_in_any_chunk():
+    states, frozen = drawn(30, 1200, 5), drawn(31, 14, 5)  # three more rows than are shared
+    labels = torch.arange(1200) * 7 % 11
+    logits = states @ frozen.T
+    expected = logits[:, :11].log_softmax(-1)[torch.arange(1200), labels]
+    for reference in ((states, frozen), logits):
+        assert_equal(log_probs_of(labels, reference, 11), expected)

@@ -1,7 +1,7 @@
 """What a student writes does not depend on how many ranks share the writing, nor on where a run was stopped."""
 
 import threading
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -108,15 +108,26 @@ def test_it_goes_on_with_what_was_written_and_draws_nothing_anew(changes):
         opens = whole.waits(step)
         batches = next(steps)
         held.append(state is not None and "steps" in state)
-        if state is not None and not opens:
+        if state is not None:
             other = rollouts(refreshed=lambda step=step: renewed.append(step), settings=settings)
             other.restore(state)
-            again = next(other.steps(step - 1))
-            assert documents(again) == documents(batches)
-            pairs = zip(again, batches, strict=True)
-            assert all((a.draws is None and b.draws is None) or torch.equal(a.draws, b.draws) for a, b in pairs)
+            renewed.clear()
+            going_on, later = other.steps(step - 1), []
+            for further in range(step, step + 6):  # past the end of the block, and so past a decision
+                later.append(next(going_on))
+                other.observe(1.0 + further)
+                assert renewed == [] or opens or further > step
+            whole_again = rollouts(settings=settings)
+            for number, expected in zip(range(1, step + 6), whole_again.steps(0), strict=False):
+                whole_again.observe(1.0 + number)
+                if number >= step:
+                    again = later[number - step]
+                    assert documents(again) == documents(expected)
+                    pairs = zip(again, expected, strict=True)
+                    assert all((a.draws is None and b.draws is None) or torch.equal(a.draws, b.draws) for a, b in pairs)
+            assert documents(later[0]) == documents(batches)
         whole.observe(1.0 + step)  # a validation after each step, worse every time
-    assert any(held) and renewed == []
+    assert any(held)
 
 
 def test_a_step_in_which_the_first_is_written_takes_new_weights_and_no_other_does():
@@ -175,3 +186,88 @@ def test_every_rank_decides_alike_and_a_share_of_steps_is_the_student_s():
     early, late = sources[0][:300], sources[0][-300:]
     assert 0.5 < 1 - sources[0].count("data") / 1000 < 0.7
     assert early.count("written") > 5 * early.count("replayed") and late.count("replayed") > 5 * late.count("written")
+
+
+def test_a_share_of_what_is_written_anew_rises_falls_or_stays_over_the_run():
+    shares = {}
+    for fresh in ("decreasing", "constant", "increasing"):
+        mixture = Mixture(RolloutSettings(on_policy_fraction=1.0, replay=ReplaySettings(fresh=fresh)), 3, 1000)
+        written = [mixture.source(step, True) == "written" for step in range(1, 1001)]
+        shares[fresh] = [sum(written[:300]) / 300, sum(written[-300:]) / 300]
+        assert all(mixture.source(step, False) == "written" for step in range(1, 1001))
+    assert shares["decreasing"][0] > 0.7 > 0.3 > shares["decreasing"][1]
+    assert shares["increasing"][0] < 0.3 < 0.7 < shares["increasing"][1]
+    assert all(0.35 < share < 0.65 for share in shares["constant"])
+
+
+def test_a_full_buffer_gives_no_answer_twice_to_a_step_other_answers_to_another_and_asks_for_no_weights():
+    settings = RolloutSettings(
+        on_policy_fraction=1.0, replay=ReplaySettings(capacity=9, fresh="increasing"), refresh_steps=1
+    )
+    times, steps = [], []
+    source = rollouts(refreshed=lambda: times.append(1), settings=settings)
+    for batches in islice(source.steps(0), 15):
+        steps.append((len(times), documents(batches)))
+    replayed = [found for (before, _), (count, found) in pairwise(steps) if count == before]
+    assert len(replayed) > 3 and all(len(set(found)) == len(found) for found in replayed)
+    assert len({tuple(found) for found in replayed}) > 1
+
+
+class Asked:
+    """Answers by whom it was asked for, and remembers with which seeds and how much room."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, most, seed):
+        self.calls.append((seed, most, [len(prompt) for prompt in prompts]))
+        answers = [[sum(prompt) % 97, *range(1, most)] for prompt in prompts]
+        return [Answer(one, np.float32([one, one])) for one in answers]
+
+
+def test_an_answer_fits_its_own_prompt_s_room_with_its_draws_and_every_chunk_has_a_seed_of_its_own():
+    asked = Asked()
+    settings = RolloutSettings(on_policy_fraction=1.0, max_new_tokens=6, batch_size=2)
+    prompts = {4: [[5] * 3, [7] * 9, [5] * 3, [7] * 9], 5: [[5] * 3, [7] * 9]}
+    made = Writer(settings, 3, 12, SoloWorld(), asked).answer(prompts)
+    assert len({seed for seed, _, _ in asked.calls}) == len(asked.calls) == 3
+    assert all(most == 6 or min(lengths) == 9 for _, most, lengths in asked.calls)
+    for step, examples in made.items():
+        for prompt, example in zip(prompts[step], examples, strict=True):
+            room = min(6, 12 - len(prompt))
+            assert example.tokens.tolist()[: len(prompt)] == prompt
+            assert example.tokens.tolist()[len(prompt) :] == [sum(prompt) % 97, *range(1, room)]
+            assert example.draws[0].tolist() == example.tokens[len(prompt) :].tolist()
+
+
+def test_writing_is_left_when_the_ranks_shall_not_go_on_and_nothing_is_decided():
+    class Leave(Exception):
+        pass
+
+    heard = []
+
+    def heed():
+        heard.append(1)
+        if len(heard) == 3:
+            raise Leave
+
+    source = rollouts()
+    source._writer = Writer(SETTINGS, 3, 16, SoloWorld(), Asked(), heed)
+    with pytest.raises(Leave):
+        list(zip(range(9), source.steps(0), strict=False))
+    assert "steps" not in source.state(0) and int(source.state(0)["decided"]) == 0
+
+
+def test_the_line_about_what_was_written_last_comes_back_with_it():
+    lines = []
+    source = rollouts()
+    source._record = lines.append
+    first = next(step for step in range(1, 9) if source.waits(step))
+    list(zip(range(first), source.steps(0), strict=False))
+    (line,) = lines
+    again = rollouts()
+    again._record = lines.append
+    again.restore(source.state(first - 1))  # stopped right after writing: this run's file has no such line
+    assert lines == [line, line]
+    again.restore(source.state(first))
+    assert len(lines) == 2
