@@ -13,6 +13,7 @@ from deltakd.base.errors import DeltaKDError, PeerLost
 from deltakd.base.processes import end_with_launchers
 from deltakd.base.supervisor import PULSE
 from deltakd.bench.command import add_bench, run_bench
+from deltakd.report.command import add_report, run_report
 
 if TYPE_CHECKING:
     from deltakd.recipe.supervise import Post
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add_teacher_options(serve)
     verbs.add_parser("shard")  # a worker of a teacher in several processes, which starts it; no verb of a user's
     add_bench(verbs)
+    add_report(verbs)
     return main
 
 
@@ -161,6 +163,8 @@ def _dispatch(options: argparse.Namespace) -> None:
         print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
     elif options.verb == "bench":
         run_bench(options)
+    elif options.verb == "report":
+        run_report(options)
     elif options.verb == "watch":
         from deltakd.recipe.watch import watch
 
