@@ -85,7 +85,7 @@ def _data(
 ) -> str:
     scored = set(colours.values())
     value = {
-        "runs": [{"name": run.name, "scored": index in scored} for index, run in enumerate(runs)],
+        "runs": [{"name": run.name, "steps": run.steps, "scored": index in scored} for index, run in enumerate(runs)],
         "charts": [chart for section in sections.values() for chart in section],
         "examples": [
             {

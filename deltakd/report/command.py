@@ -1,4 +1,4 @@
-"""The `report` verb: its options, and what it writes. Imports neither plotly nor Jinja before there is a page to make."""
+"""The `report` verb: its options, and what it writes. Plotly and Jinja wait until there is a page to make."""
 
 import argparse
 from pathlib import Path

@@ -33,14 +33,24 @@ class Plan:
     unit: str
     format: str = ".4g"
     about: str = ""
+    log: bool = False  # whether a logarithmic axis tells more
+    single: bool = True  # whether single steps tell more than their means
 
 
 TRAINING = (
-    Plan("loss", "Loss", "per supervised token", about="What is minimised: not comparable between objectives."),
-    Plan("cross_entropy", "Cross-entropy", "nats per token", about="On the training tokens, whatever the objective."),
-    Plan("kl_to_target", "KL to target", "nats per token", about="KL(target, student)."),
-    Plan("grad_norm", "Gradient norm", "", about="Before it is clipped."),
-    Plan("learning_rate", "Learning rate", "", ".3g"),
+    Plan(
+        "loss", "Loss", "per supervised token", about="What is minimised: not comparable between objectives.", log=True
+    ),
+    Plan(
+        "cross_entropy",
+        "Cross-entropy",
+        "nats per token",
+        about="On the training tokens, whatever the objective.",
+        log=True,
+    ),
+    Plan("kl_to_target", "KL to target", "nats per token", about="KL(target, student).", log=True),
+    Plan("grad_norm", "Gradient norm", "", about="Before it is clipped.", log=True),
+    Plan("learning_rate", "Learning rate", "", ".3g", log=True),
     Plan("alpha", "Alpha", "", ".3g", about="How much of the teacher's shift the target takes."),
     Plan("policy", "Policy loss", "per token", about="Of tokens that the student drew."),
     Plan("reward", "Reward", "", about="Mean over tokens that the student drew."),
@@ -54,8 +64,8 @@ VALIDATION = (
     Plan("rougeL", "ROUGE-L of answers", "F1", ".3f"),
 )
 RATES = (
-    Plan("tokens_per_s", "Tokens per second", "of a step, all ranks", ",.0f"),
-    Plan("waiting", "Share of a step that waits", "", ".1%"),
+    Plan("tokens_per_s", "Tokens per second", "of a step, all ranks", ",.0f", single=False),
+    Plan("waiting", "Share of a step that waits", "", ".1%", single=False),
 )
 WRITING = (
     Plan("answer_tokens", "Tokens per answer", "that the student wrote", ".1f"),
@@ -108,7 +118,7 @@ def _of_curves(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
         if curve is None:
             continue
         is_short = len(curve.mean_x) == len(curve.x)
-        if not is_short:
+        if plan.single and not is_short:
             traces.append(_line(index, "raw", curve.x, curve.y) | {"hoverinfo": "skip"})
         x, y = (curve.x, curve.y) if is_short else (curve.mean_x, curve.mean_y)
         traces.append(_line(index, "mean", np.round(x), y) | {"hovertemplate": _hover(run.name, plan)})
@@ -123,12 +133,19 @@ def _hover(name: str, plan: Plan) -> str:
     return f"<b>{escaped(name)}</b><br>step %{{x:,.0f}}: %{{y:{plan.format}}}<extra></extra>"
 
 
-def _chart(plan: Plan, traces: list[dict[str, Any]], prefix: str = "", **layout: Any) -> dict[str, Any]:
-    axes = {"xaxis": {"title": {"text": "step"}, "rangemode": "tozero"}, "yaxis": {"title": {"text": plan.unit}}}
+def _chart(plan: Plan, traces: list[dict[str, Any]], prefix: str = "") -> dict[str, Any]:
+    axes: dict[str, Any] = {
+        "xaxis": {"title": {"text": "step"}, "rangemode": "tozero"},
+        "yaxis": {"title": {"text": plan.unit}},
+    }
     if plan.format.endswith("%"):
         axes["yaxis"]["tickformat"] = ".0%"
-    about = plan.about
-    return {"id": prefix + plan.id, "title": plan.title, "about": about, "data": traces, "layout": axes | layout}
+    return _described(plan, traces, axes, prefix)
+
+
+def _described(plan: Plan, traces: list[dict[str, Any]], layout: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    words = {"id": prefix + plan.id, "title": plan.title, "about": plan.about, "log": plan.log}
+    return words | {"data": traces, "layout": layout}
 
 
 def _validated_at_all(plan: Plan, runs: Sequence[Run]) -> bool:
@@ -159,8 +176,12 @@ def _phases(runs: Sequence[Run]) -> list[dict[str, Any]]:
         phase: [1000 * value / run.steps for value, (_, run) in zip(values, timed, strict=True)]
         for phase, values in spent.items()
     }
-    shares = {phase: [value / all_of_it for value, all_of_it in zip(spent[phase], whole, strict=True)] for phase in phases}
-    where = Plan("phases", "Where a step's time goes", "ms", ",.1f", "Mean per step. A student's own writing comes between.")
+    shares = {
+        phase: [value / all_of_it for value, all_of_it in zip(spent[phase], whole, strict=True)] for phase in phases
+    }
+    where = Plan(
+        "phases", "Where a step's time goes", "ms", ",.1f", "Mean per step. A student's own writing comes between."
+    )
     share = Plan("shares", "The same as shares", "", ".1%", "Of the time in which a run trained.")
     return [_bars(where, timed, per_step), _bars(share, timed, shares)]
 
@@ -181,8 +202,8 @@ def _bars(plan: Plan, timed: Sequence[tuple[int, Run]], values: Mapping[str, Seq
     x: dict[str, Any] = {"title": {"text": plan.unit}}
     if plan.format.endswith("%"):
         x |= {"tickformat": ".0%", "range": [0, 1]}
-    layout = {"barmode": "stack", "xaxis": x, "yaxis": {"autorange": "reversed", "automargin": True}}
-    return {"id": plan.id, "title": plan.title, "about": plan.about, "data": traces, "layout": layout}
+    layout = {"barmode": "stack", "xaxis": x, "yaxis": {"autorange": "reversed", "showgrid": False}}
+    return _described(plan, traces, layout)
 
 
 def escaped(text: str) -> str:

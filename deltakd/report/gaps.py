@@ -1,4 +1,4 @@
-"""What a report cannot show: runs that are not finished or not evaluated, metrics that are missing, records that are torn."""
+"""What a report cannot show: runs that are not finished or evaluated, missing metrics, torn records."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ from typing import Any
 
 from deltakd.report.run import Run
 
-APART = frozenset({"run", "pipeline"})  # a run's own name, and the stage that it was: what it says is laid over the rest
+APART = frozenset({"run", "pipeline"})  # a run's own name; the stage that it was, which is laid over the rest
 
 
 @dataclass(frozen=True)

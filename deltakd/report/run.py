@@ -23,8 +23,17 @@ from deltakd.report.lines import read_columns, read_rows
 from deltakd.report.serving import Serving, serving
 from deltakd.report.thin import Curve, Floats, curve
 
-CURVES = ("loss", "cross_entropy", "kl_to_target", "grad_norm", "learning_rate", "alpha", "policy", "reward", "corpus")
-CURVES += ("student_entropy",)
+CURVES: tuple[str, ...] = (
+    "loss",
+    "cross_entropy",
+    "kl_to_target",
+    "grad_norm",
+    "learning_rate",
+    "alpha",
+    "policy",
+    "reward",
+)
+CURVES += ("corpus", "student_entropy")
 TIMES = ("step_s", "wait_s", "forward_backward_s", "update_s")
 OTHERS = ("step", "num_tokens", "memory_bytes")
 VALIDATED = ("step", "loss", "cross_entropy", "kl_to_target", "rougeL", "validation_s")
@@ -189,5 +198,3 @@ def _numbers(values: Floats) -> list[float | None]:
 
 def _peak(memory: Floats) -> float | None:
     return float(np.nanmax(memory)) if np.isfinite(memory).any() else None
-
-

@@ -117,7 +117,9 @@ def _queue(rank: str, status: Mapping[str, Any]) -> Queue:
     whole = status["worked_s"] + status["waited_s"]
     return Queue(
         rank,
-        *(int(status[key]) for key in ("open", "waiting", "kept")),
+        open=status["open"],
+        unasked=status["waiting"],
+        kept=status["kept"],
         mebibytes=counts.get("bytes", 0) / 2**20,
         waiting=status["waited_s"] / whole if whole else None,
         again=counts.get("asked_again", 0),

@@ -40,7 +40,8 @@ def thin(y: Floats, most: int) -> NDArray[np.int64]:
     if num > most:
         buckets = max(1, (most - 2) // 2)
         edges = np.linspace(0, num, buckets + 1).astype(np.int64)
-        inner = np.minimum(np.arange((num + buckets - 1) // buckets + 1)[None, :] + edges[:-1, None], edges[1:, None] - 1)
+        widest = np.arange(-(-num // buckets) + 1)
+        inner = np.minimum(widest[None, :] + edges[:-1, None], edges[1:, None] - 1)
         values = y[inner]
         rows = np.arange(buckets)
         picked = (inner[rows, values.argmin(axis=1)], inner[rows, values.argmax(axis=1)])

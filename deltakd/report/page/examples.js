@@ -68,7 +68,7 @@ function exampleOf(example, models, chosen, filter) {
     const part = make("div");
     const role = make("p", "role");
     const swatch = make("i", run === null ? "swatch nobody" : "swatch");
-    if (run !== null) swatch.style.background = `var(--run${run % 10})`;
+    if (run !== null) dye(swatch, run);
     role.append(swatch, label, scoresOf(answer.scores));
     part.append(role, said(answer.text, example.reference, filter));
     answers.append(part);

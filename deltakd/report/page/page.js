@@ -25,7 +25,15 @@ function setTheme(theme) {
 }
 
 const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
-const runColour = (run) => colour(`run${run % 10}`);
+const NUM_COLOURS = 12; // then dashes tell runs of one colour apart
+const runColour = (run) => colour(`run${run % NUM_COLOURS}`);
+const dashOf = (run) => Math.floor(run / NUM_COLOURS) % 4;
+
+function dye(swatch, run) {
+  swatch.style.background = `var(--run${run % NUM_COLOURS})`;
+  if (dashOf(run)) swatch.classList.add(`dash${dashOf(run)}`);
+  return swatch;
+}
 
 document.getElementById("theme").addEventListener("click", () => {
   chosenTheme = root.dataset.theme === "dark" ? "light" : "dark";
@@ -34,7 +42,7 @@ document.getElementById("theme").addEventListener("click", () => {
 });
 prefersDark.addEventListener("change", () => { if (!chosenTheme) setTheme(prefersDark.matches ? "dark" : "light"); });
 
-for (const swatch of all(".swatch[data-run]")) swatch.style.background = `var(--run${swatch.dataset.run % 10})`;
+for (const swatch of all(".swatch[data-run]")) dye(swatch, +swatch.dataset.run);
 
 // ---- tables ---------------------------------------------------------------------------------------------------------
 
@@ -63,7 +71,10 @@ for (const table of all("table.sortable")) {
 // ---- charts ---------------------------------------------------------------------------------------------------------
 
 const charts = new Map(data.charts.map((chart) => [chart.id, chart]));
-const shown = new Set(data.runs.keys());
+const steps = data.runs.map((run) => run.steps).sort((a, b) => a - b);
+const usual = steps[Math.floor(steps.length / 2)];
+const tooLong = new Set([...data.runs.keys()].filter((run) => usual && data.runs[run].steps > 3 * usual));
+const shown = new Set([...data.runs.keys()].filter((run) => !tooLong.has(run)));
 const drawn = new Map();
 const longest = new Map();
 
@@ -101,7 +112,7 @@ function tracesOf(chart) {
     }
     const { run, kind } = trace.meta;
     const width = kind === "raw" ? 1 : crowded ? 1.2 : 2;
-    const line = { color: runColour(run), width, dash: kind === "raw" ? "solid" : DASHES[Math.floor(run / 10) % 4] };
+    const line = { color: runColour(run), width, dash: kind === "raw" ? "solid" : DASHES[dashOf(run)] };
     const visible = shown.has(run) && (kind !== "raw" || raw);
     const opacity = kind === "raw" ? (crowded ? 0.12 : 0.22) : crowded ? 0.7 : 1;
     return { ...trace, ...relativeTo(trace), line, visible, opacity, marker: { size: 6 } };
@@ -119,8 +130,8 @@ function relativeTo(trace) {
   if (!document.getElementById("relative")?.checked) return {};
   const x = numbers(trace.x);
   const last = longest.get(trace.meta.run) || 1;
-  const template = trace.hovertemplate?.replace("step %{x:,.0f}", "%{x:.1%}");
-  return { x: Array.from(x, (step) => step / last), ...(template ? { hovertemplate: template } : {}) };
+  const hovertemplate = trace.hovertemplate?.replace("%{x:,.0f}", "%{customdata:,.0f}");
+  return { x: Array.from(x, (step) => step / last), customdata: Array.from(x), hovertemplate };
 }
 
 for (const chart of data.charts) {
@@ -163,7 +174,7 @@ narrow.addEventListener("change", drawAgain);
 function chip(text, run) {
   const button = make("button", "chip");
   const swatch = make("i", run === null ? "swatch nobody" : "swatch");
-  if (run !== null) swatch.style.background = `var(--run${run % 10})`;
+  if (run !== null) dye(swatch, run);
   button.append(swatch, text);
   button.setAttribute("aria-pressed", "true");
   return button;
@@ -181,9 +192,17 @@ document.querySelector(".runs .chips")?.append(...runChips);
 function select(runs) {
   shown.clear();
   for (const run of runs) shown.add(run);
-  runChips.forEach((button, run) => button.setAttribute("aria-pressed", shown.has(run)));
+  press();
   drawAgain();
 }
+
+function press() {
+  runChips.forEach((button, run) => button.setAttribute("aria-pressed", shown.has(run)));
+  const asFirst = tooLong.size && [...tooLong].every((run) => !shown.has(run));
+  const note = document.getElementById("hidden");
+  if (note) note.textContent = asFirst ? `${tooLong.size} much longer ${tooLong.size === 1 ? "run is" : "runs are"} not shown` : "";
+}
+press();
 
 for (const button of all("[data-select]")) {
   button.addEventListener("click", () => {
