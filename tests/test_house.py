@@ -21,13 +21,17 @@ LAYERS = {
     "train": 4,
     "recipe": 5,
     "bench": 6,
+    "report": 6,
     "__main__": 7,
     "launchers": 8,
 }
 ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},
     "zmq": {f"teacher/{name}.py" for name in ("addresses", "heart", "members", "server")} | {"bench/transport.py"},
-    "msgspec": {"teacher/messages.py", "teacher/addresses.py"},
+    "msgspec": {"teacher/messages.py", "teacher/addresses.py", "report/lines.py", "report/build.py"},
+    "plotly": {"report/figures.py"},
+    "jinja2": {"report/build.py", "data/template.py"},
+    "playwright": set(),  # tests alone drive a browser
     "datasets": {"data/sources.py", "bench/trl.py"},
     "rouge_score": {"evaluate/scores.py"},
     "wandb": {"train/records.py"},

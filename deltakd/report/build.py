@@ -23,7 +23,7 @@ from deltakd.report.run import Run, read_runs
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("page.js", "examples.js")
-POINTS, FEWEST_POINTS, MOST_POINTS = 60_000, 240, 1500  # of one chart over all runs; of one curve
+POINTS, FEWEST_POINTS, MOST_POINTS = 40_000, 240, 1000  # of one chart over all runs; of one curve
 
 
 @dataclass(frozen=True)

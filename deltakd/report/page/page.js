@@ -75,6 +75,8 @@ const steps = data.runs.map((run) => run.steps).sort((a, b) => a - b);
 const usual = steps[Math.floor(steps.length / 2)];
 const tooLong = new Set([...data.runs.keys()].filter((run) => usual && data.runs[run].steps > 3 * usual));
 const shown = new Set([...data.runs.keys()].filter((run) => !tooLong.has(run)));
+const CROWD = 24; // runs, from which single steps would be a fog
+if (shown.size > CROWD) document.getElementById("raw").checked = false;
 const drawn = new Map();
 const longest = new Map();
 
@@ -103,7 +105,7 @@ function layoutOf(chart, figure) {
 
 function tracesOf(chart) {
   const raw = document.getElementById("raw")?.checked;
-  const crowded = shown.size > 24;
+  const crowded = shown.size > CROWD;
   return chart.data.map((trace) => {
     if (trace.type === "bar") {
       const kept = [...trace.meta.runs.keys()].filter((at) => shown.has(trace.meta.runs[at]));

@@ -1,0 +1,179 @@
+"""What a report reads and how it thins it: nothing that stands out is lost, nothing half written is fatal."""
+
+import json
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from deltakd.base.errors import RunError
+from deltakd.report.build import gather
+from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
+from deltakd.report.examples import examples, read_predictions
+from deltakd.report.find import find
+from deltakd.report.gaps import gaps
+from deltakd.report.lines import read_columns
+from deltakd.report.recipes import differences, flat
+from deltakd.report.run import read_run, read_runs
+from deltakd.report.thin import bucket_means, thin
+from deltakd.train.step import StepRecord
+from tests.report.made import KNOWN, make_evaluation, make_run
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 3, 50, 999, 10_000])
+@pytest.mark.parametrize("most", [10, 240])
+def test_a_thinned_curve_keeps_its_ends_and_its_extremes_and_no_more_than_asked(num_points, most):
+    y = np.random.default_rng(5).normal(size=num_points)
+    kept = thin(y, most)
+    assert len(kept) <= max(most, 2) and (np.diff(kept) > 0).all()
+    assert {0, num_points - 1, int(y.argmin()), int(y.argmax())} <= set(kept.tolist())
+
+
+def test_a_single_spike_among_ten_thousand_equal_steps_is_all_that_stays():
+    y = np.ones(10_000)
+    y[4321] = 9.0
+    kept = thin(y, 240)
+    assert y[kept].max() == 9.0 and len(kept) < 10
+    assert len(thin(np.ones(10_000), 240)) == 2
+
+
+def test_running_means_have_the_mean_of_the_curve():
+    x, y = np.arange(1000.0), np.random.default_rng(1).normal(size=1000)
+    mean_x, mean_y = bucket_means(x, y, 50)
+    assert len(mean_x) == 50 and mean_y.mean() == pytest.approx(y.mean(), abs=1e-12)
+    assert mean_x[0] == 0 and mean_x[-1] == 999
+
+
+def test_a_half_written_last_line_is_left_out_and_said(tmp_path):
+    run = make_run(tmp_path / "torn", num_steps=10)
+    with (run / "steps.jsonl").open("a") as file:
+        file.write('{"step": 11, "loss": 0.')
+    columns, torn = read_columns(run / "steps.jsonl", ["step", "loss"])
+    assert columns["step"].tolist() == list(range(1, 11)) and torn == 1
+    read = read_run(("torn", run), 100)
+    assert read.steps == 10 and any("half-written" in note for note in read.notes)
+
+
+def test_a_missing_number_is_nan_and_so_is_a_key_that_older_runs_do_not_know(tmp_path):
+    (tmp_path / "steps.jsonl").write_text('{"step": 1, "reward": null}\n{"step": 2}\n')
+    columns, torn = read_columns(tmp_path / "steps.jsonl", ["step", "reward", "policy"])
+    assert torn == 0 and np.isnan(columns["reward"]).all() and np.isnan(columns["policy"]).all()
+
+
+def test_an_empty_run_is_a_gap_and_no_fault(tmp_path):
+    run = tmp_path / "empty"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("train: {steps: 50}\n")
+    material = gather([str(tmp_path)])
+    texts = [gap.what for gap in gaps(material.runs, material.evaluations, material.tables)]
+    assert "not finished (no step): no step of 50 yet" in texts
+    assert any("no run.json" in text for text in texts)
+
+
+@pytest.mark.parametrize("name", ["run.json", "finished.json", "recipe.yaml", "status/student-0.json"])
+def test_a_file_that_is_broken_becomes_a_note(tmp_path, name):
+    run = make_run(tmp_path / "broken")
+    (run / name).write_text('{"half": [')
+    read = read_run(("broken", run), 100)
+    assert any(name in note for note in read.notes) and read.steps == 40
+
+
+def test_folders_are_found_once_whatever_leads_to_them(tmp_path):
+    make_run(tmp_path / "a" / "one")
+    make_run(tmp_path / "b" / "one", seed=2)
+    make_evaluation(tmp_path / "a" / "evaluation", ["one"], "one")
+    found = find([str(tmp_path), str(tmp_path / "a" / "one"), str(tmp_path / "a" / "evaluation")])
+    assert [found.name(path) for path in found.runs] == ["a/one", "b/one"]
+    assert [found.name(path) for path in found.evaluations] == ["a/evaluation"]
+    assert find([str(tmp_path / "a" / "one")]).name(tmp_path / "a" / "one") == "one"
+
+
+def test_a_folder_that_is_not_there_or_holds_nothing_is_refused(tmp_path):
+    with pytest.raises(RunError, match="no such folder"):
+        find([str(tmp_path / "nowhere")])
+    with pytest.raises(RunError, match="holds no run"):
+        find([str(tmp_path)])
+
+
+def test_several_processes_read_what_one_does(tmp_path, monkeypatch):
+    folders = [(f"run{n}", make_run(tmp_path / f"run{n}", seed=n)) for n in range(3)]
+    alone = read_runs(folders, 100)
+    monkeypatch.setattr("deltakd.report.run.SEVERAL_BYTES", 0)
+    together = read_runs(folders, 100)
+    assert [run.name for run in alone] == [run.name for run in together] == ["run0", "run1", "run2"]
+    for one, other in zip(alone, together, strict=True):
+        assert one.seconds == other.seconds and (one.curves["loss"].y == other.curves["loss"].y).all()
+
+
+def test_who_took_part_is_counted_and_rates_are_of_a_teachers_own_work(tmp_path):
+    serving = read_run(("one", make_run(tmp_path / "one")), 100).serving
+    assert [(one.role, one.starts) for one in serving.processes] == [("student 0", 1), ("teacher 0", 2)]
+    assert serving.restarts == 1
+    assert serving.teachers[0].tokens_per_s == 20_000 and serving.queues[0].waiting == 0.1
+    assert (serving.queues[0].refused, serving.queues[0].again) == (2, 1)
+
+
+def test_only_settings_that_differ_are_listed(tmp_path):
+    runs = [read_run((str(n), make_run(tmp_path / str(n), seed=n, alpha=n / 4)), 100) for n in (1, 2)]
+    found = differences(runs)
+    assert found.values == {"seed": ["1", "2"], "objective.target.alpha": ["0.25", "0.5"]}
+    assert flat({"a": {"b": [1]}, "c": {}}) == {"a.b": [1], "c": {}}
+
+
+def test_evaluations_of_the_same_baseline_are_one_table_and_others_are_not(tmp_path):
+    names = {"first": ["sft", "delta"], "second": ["sft", "delta", "gkd"], "third": ["gkd", "sft"]}
+    made = [read_evaluation(name, make_evaluation(tmp_path / name, labels, "sft")) for name, labels in names.items()]
+    merged, apart = tables(made)
+    assert [row.label for row in merged.rows] == ["sft", "delta", "gkd"] and len(apart.rows) == 2
+    assert merged.num_prompts == 3 and merged.best("cross_entropy") == pytest.approx(0.4 / 3)
+
+
+def test_an_interval_of_a_mean_covers_it_about_as_often_as_it_says():
+    """300 samples of 100 normal rows; 95% of 300 are 285, and 3 standard deviations of that count are 11."""
+    rng = np.random.default_rng(3)
+    intervals = [interval_of_mean(rng.normal(size=100)) for _ in range(300)]
+    assert 285 - 14 <= sum(low < 0 < high for low, high in intervals) <= 297
+
+
+def test_predictions_are_read_as_parquet_where_they_are(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    folder = make_evaluation(tmp_path / "evaluation", ["sft", "delta"], "sft")
+    evaluation = read_evaluation("evaluation", folder)
+    lines = read_predictions(evaluation, "delta")
+    rows = [{**line, "seed": 0, "num_tokens": 4, "ended": False, "answer_correct": None} for line in lines]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions" / "delta.parquet")
+    (folder / "predictions" / "delta.jsonl").unlink()
+    assert [row["answer"] for row in read_predictions(evaluation, "delta")] == [line["answer"] for line in lines]
+    [table] = tables([evaluation])
+    shown = examples(table, {"evaluation": evaluation})
+    assert list(shown.models) == ["sft", "delta"] and len(shown.rows) == 3
+    assert shown.rows[0]["answers"][1]["scores"] == {
+        "rougeL": 0.6,
+        "cross_entropy": 0.2,
+        "num_tokens": 4,
+        "ended": False,
+    }
+    few = examples(table, {"evaluation": evaluation}, most_letters=400)
+    assert 0 < len(few.rows) < 3 and few.num_prompts == 3
+
+
+def test_a_broken_evaluation_is_a_gap(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation", ["sft"], "sft")
+    (folder / "results.json").write_text("{")
+    assert "cannot be read" in read_evaluation("evaluation", folder).notes[0]
+    (folder / "results.json").unlink()
+    assert "not compared yet" in read_evaluation("evaluation", folder).notes[0]
+
+
+def test_runs_made_on_the_spot_write_the_lines_that_training_does(lab):
+    """The page's columns are those of a real run, which is read here as any other."""
+    assert [field.name for field in fields(StepRecord)] == list(KNOWN)
+    lab.train_here("reported", "validation.every_steps=2", "references.from=in_process")
+    read = read_run(("reported", lab.folder / "runs" / "reported"), 100)
+    assert read.steps == 5 and read.is_finished and not read.notes
+    assert {"loss", "kl_to_target", "grad_norm", "learning_rate", "alpha", "memory"} <= read.curves.keys()
+    assert read.validated["step"] == [2, 4, 5] and read.seconds["validation"] > 0
+    assert read.facts["seed"] == 17 or isinstance(read.facts["seed"], int)
+    assert json.loads((read.path / "finished.json").read_text())["steps"] == 5
