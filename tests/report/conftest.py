@@ -1,6 +1,7 @@
 """A browser without a screen, and a report over runs as training leaves them."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,14 @@ class Opened:
     def see_everything(self) -> None:
         """Have every chart drawn, as scrolling through the page does."""
         self.page.evaluate("all('.chart').filter((one) => !drawn.has(one)).forEach((one) => draw(one))")
-        self.page.wait_for_function("all('.plot').every((one) => one.querySelector('.main-svg'))")
+        self.until("all('.plot').every((one) => one.querySelector('.main-svg'))")
+
+    def until(self, condition: str, most_s: float = 60) -> None:
+        """Wait for a condition. Playwright's own waiting evaluates strings in the page, which the page forbids."""
+        deadline = time.monotonic() + most_s
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, condition
+            time.sleep(0.02)
 
 
 @pytest.fixture(scope="session")

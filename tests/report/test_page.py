@@ -22,7 +22,7 @@ def data_of(report):
 def test_every_chart_is_drawn_nothing_complains_nothing_is_fetched_and_nothing_overflows(opened, report, width, theme):
     one = opened(width, theme)
     one.page.locator("[data-chart=memory]").scroll_into_view_if_needed()  # what comes into sight is drawn
-    one.page.wait_for_function("document.querySelector('[data-chart=memory] .main-svg')")
+    one.until("document.querySelector('[data-chart=memory] .main-svg') !== null")
     one.see_everything()
     num_traces = one.page.evaluate(
         "Object.fromEntries([...document.querySelectorAll('.chart')].map((chart) => [chart.dataset.chart,"
@@ -94,13 +94,14 @@ def test_what_a_model_answers_is_text_and_never_markup(opened, report):
 
 
 def test_the_theme_follows_the_reader_and_a_click_changes_it_in_charts_too(opened):
-    page = opened(theme="dark", fresh=True).page
+    one = opened(theme="dark", fresh=True)
+    page = one.page
     page.evaluate("draw(document.querySelector('[data-chart=loss]'))")
     ground = "getComputedStyle(document.body).backgroundColor"
     letters = "getComputedStyle(document.querySelector('[data-chart=loss] .xtick text')).fill"
     dark = page.evaluate(f"[{ground}, {letters}]")
     page.locator("#theme").click()
-    page.wait_for_function(f"{letters} !== {json.dumps(dark[1])}")
+    one.until(f"{letters} !== {json.dumps(dark[1])}")
     light = page.evaluate(ground)
     assert dark[0] != light and page.evaluate("document.documentElement.dataset.theme") == "light"
     page.reload()
@@ -124,11 +125,11 @@ def test_a_run_has_one_colour_in_every_chart_and_table_and_a_click_hides_it_ever
     chip.click()
     loss = "document.querySelector('[data-chart=loss] .plot').data"
     shown = f"{loss}.filter((one) => one.visible).map((one) => one.meta.run)"
-    page.wait_for_function(f"!{shown}.includes(1)")
+    one.until(f"!{shown}.includes(1)")
     assert 0 in page.evaluate(shown)
     assert "delta" not in page.evaluate("document.querySelector('[data-chart=phases] .plot').data[0].y")
     page.locator("[data-select=all]").click()
-    page.wait_for_function(f"{shown}.includes(1)")
+    one.until(f"{shown}.includes(1)")
 
 
 def test_a_logarithmic_axis_and_shares_of_the_run_are_a_click_away(opened):
@@ -138,7 +139,7 @@ def test_a_logarithmic_axis_and_shares_of_the_run_are_a_click_away(opened):
     assert one.page.evaluate("document.querySelector('[data-chart=loss] .plot').layout.yaxis.type") == "log"
     one.page.locator("#relative").check()
     ends = "document.querySelector('[data-chart=loss] .plot').data.map((one) => Math.max(...one.x))"
-    one.page.wait_for_function(f"Math.max(...{ends}) === 1")
+    one.until(f"Math.max(...{ends}) === 1")
     one.page.locator("#relative").uncheck()
     one.page.locator("[data-chart=loss] .log").click()
     assert one.complaints == []
