@@ -20,12 +20,14 @@ class Turn:
 class Conversation:
     """A chat: an optional system turn, then user and assistant in turn, with at least one assistant turn.
 
-    `answer` is what a math row states as its final answer; evaluation compares with it, training never sees it.
+    `answer` is what a math row states as its final answer and `also` what other answers are as good as the last turn;
+    evaluation compares with them, training never sees them.
     """
 
     turns: tuple[Turn, ...]
     where: str
     answer: str | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def prompt(self) -> tuple[Turn, ...]:

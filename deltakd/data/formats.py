@@ -32,7 +32,7 @@ def texts_of(row: Row, where: str) -> list[str]:
 
 
 def read_messages(row: Row, where: str) -> Conversation:
-    """Read `messages`: a list of {role, content}; other columns are ignored."""
+    """Read `messages`: a list of {role, content}, and `other_answers`, texts that are as good as the last turn."""
     messages = row.get("messages")
     if messages is None:
         raise DataError(
@@ -43,7 +43,7 @@ def read_messages(row: Row, where: str) -> Conversation:
         raise DataError(f"{where}: messages is {_brief(messages)}. Write a list of at least two {{role, content}}.")
     turns = tuple(_read_turn(message, f"{where}: messages[{index}]") for index, message in enumerate(messages))
     _refuse_order(turns, where)
-    return Conversation(turns, where)
+    return Conversation(turns, where, also=_also(row, where))
 
 
 def read_math(row: Row, where: str) -> Conversation:
@@ -53,12 +53,21 @@ def read_math(row: Row, where: str) -> Conversation:
         Turn("assistant", _content(row.get("generated_solution"), f"{where}: generated_solution")),
     )
     answer = row.get("expected_answer")
-    return Conversation(turns, where, None if answer is None else str(answer))
+    return Conversation(turns, where, None if answer is None else str(answer), _also(row, where))
 
 
 def read_text(row: Row, where: str) -> Document:
     """Read `text`."""
     return Document(_content(row.get("text"), f"{where}: text"), where)
+
+
+def _also(row: Row, where: str) -> tuple[str, ...]:
+    given = row.get("other_answers")
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise DataError(f"{where}: other_answers is {_brief(given)}. Write a list of texts, or leave the column out.")
+    return tuple(_content(one, f"{where}: other_answers[{index}]") for index, one in enumerate(given))
 
 
 def _read_turn(message: Any, where: str) -> Turn:

@@ -43,6 +43,8 @@ def test_the_prompt_of_a_conversation_ends_before_its_last_answer():
         ("messages", {"messages": [USER, {"role": "assistant", "content": 3}]}, "content of the assistant is 3"),
         ("messages", {"messages": [USER, {"role": "assistant"}]}, "messages[1]: content of the assistant is missing"),
         ("messages", {"messages": [{"role": "user", "content": " \n"}, ASSISTANT]}, "content of the user is empty"),
+        ("messages", {"messages": [USER, ASSISTANT], "other_answers": "x"}, "other_answers is 'x'"),
+        ("messages", {"messages": [USER, ASSISTANT], "other_answers": ["x", ""]}, "other_answers[1] is empty"),
         ("math", {"problem": "p", "generated_solution": None}, "generated_solution is missing"),
         ("math", {"problem": "", "generated_solution": "s"}, "problem is empty"),
         ("text", {"text": ["a"]}, "text is ['a'], not a text"),
@@ -54,6 +56,15 @@ def test_a_row_that_does_not_fit_is_refused_with_its_place_and_what_it_holds(for
     message = str(refusal.value)
     assert message.startswith("rows.jsonl:7: ") and fragment in message
     assert ". Write " in message or ". Add " in message
+
+
+def test_other_answers_are_kept_beside_the_last_turn():
+    for format, row in (
+        ("messages", {"messages": [USER, ASSISTANT]}),
+        ("math", {"problem": "q", "generated_solution": "a"}),
+    ):
+        assert read_row({**row, "other_answers": ["b", "c"]}, format, "f:1").also == ("b", "c")
+        assert read_row({**row, "other_answers": None}, format, "f:1").also == ()
 
 
 def test_a_tokenizer_learns_from_any_format_and_refuses_rows_of_none():

@@ -10,7 +10,7 @@ from deltakd.data.examples import Example
 from deltakd.data.packing import pack
 from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table
 from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows
-from deltakd.evaluate.scores import ROUGE, paired_difference, rouge_rows, two_level_difference
+from deltakd.evaluate.scores import ROUGE, mean_interval, paired_difference, rouge_rows, two_level_difference
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
@@ -25,6 +25,13 @@ def test_rouge_is_rouge_score_called_by_hand_with_its_stemmer():
         by_hand = scorer.score(reference, prediction)
         assert [rows[name][index] for name in ROUGE] == [by_hand[name].fmeasure for name in ROUGE]
     assert rows["rouge1"][1] == 0 < rows["rouge1"][2]
+
+
+def test_of_several_references_the_best_counts_for_each_score():
+    several = rouge_rows(["the cat sat"], [["a dog", "the cat sat on a mat", "cat the sat"]])
+    one_by_one = [rouge_rows(["the cat sat"], [one]) for one in ("a dog", "the cat sat on a mat", "cat the sat")]
+    assert several == {name: [max(one[name][0] for one in one_by_one)] for name in ROUGE}
+    assert several["rouge1"][0] == 1 > several["rougeL"][0] == several["rougeL"][0] > one_by_one[0]["rougeL"][0]
 
 
 @pytest.mark.parametrize("predictions,references", [(["a"], ["a", "b"]), ([], [])])
@@ -42,12 +49,43 @@ def test_a_paired_interval_covers_the_true_difference_in_about_95_of_100_worlds(
         interval = paired_difference(list(one), list(other), 400, seed=world)
         assert interval.high - interval.low < 0.1
         covered += interval.low <= 0.3 <= interval.high
+        assert interval.p < 0.01
     assert 180 <= covered <= 198  # 190 expected, standard deviation 3
+
+
+def test_the_interval_of_a_mean_covers_it_in_about_95_of_100_worlds():
+    rng = np.random.default_rng(1)
+    intervals = [mean_interval(list(rng.exponential(size=100)), 400, seed) for seed in range(200)]
+    assert 176 <= sum(one.low <= 1 <= one.high for one in intervals) <= 198  # skewed rows: a little below 190
+
+
+@pytest.mark.parametrize("draw", ["normal", "standard_cauchy", "sign"])
+def test_p_values_are_uniform_where_neither_model_is_better(draw):
+    """Whatever the differences are, if they are symmetric: of 500 worlds, shares below a level are that level."""
+    rng = np.random.default_rng(2)
+    several = []
+    for seed in range(500):
+        rows = rng.choice([-1.0, 1.0], 301) if draw == "sign" else getattr(rng, draw)(size=25)
+        several.append(paired_difference(list(rows), [0.0] * len(rows), 199, seed).p)
+    assert min(several) >= 1 / 200
+    for level in (0.05, 0.25, 0.5, 0.75):
+        slack = 3 * np.sqrt(level * (1 - level) / 500)
+        # Signs alone have few different sums, and a p-value counts those that are alike: it is then a little large.
+        assert level - slack - (0.04 if draw == "sign" else 0) <= np.mean(np.array(several) <= level) <= level + slack
+
+
+def test_a_difference_that_is_everywhere_0_has_p_1_and_one_that_is_clear_the_smallest():
+    assert paired_difference([1.0, 2.0], [1.0, 2.0], 99, 0).p == 1
+    rows = [1.0 + 0.01 * index for index in range(40)]
+    assert paired_difference(rows, [0.0] * 40, 99, 0).p == paired_difference([0.0] * 40, rows, 99, 0).p == 0.01
+    assert paired_difference([0.1, 0.2, 0.3], [0.0] * 3, 4000, 0).p == pytest.approx(0.25, abs=0.03)  # 2 of 8 signs
 
 
 def test_rows_of_other_prompts_are_refused():
     with pytest.raises(DataError, match="3 rows against 2"):
         paired_difference([1.0, 2.0, 3.0], [1.0, 2.0], 10, 0)
+    with pytest.raises(DataError, match="no rows to take a mean of"):
+        mean_interval([], 10, 0)
 
 
 def scores(label: str, rouge: float, cross_entropy: float) -> ModelScores:
