@@ -26,6 +26,7 @@ A recipe is a name from recipes/ or a path. Any setting can be overridden: `trai
   python -m deltakd check ultrachat                      print the resolved recipe, or what is wrong with it
   python -m deltakd run quickstart                       every stage: raw models, teacher, three students, one table
   python -m deltakd train quickstart --stage forward_kl  one training stage, with the launcher that fits this machine
+  python -m deltakd evaluate quickstart --model delta    any models in one table, by one of two protocols
   deepspeed launchers/train.py --recipe ultrachat        the distillation alone, on a node with GPUs
 """
 
@@ -60,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")
     train.add_argument("--resume", action="store_true", help="refuse to begin: go on from a checkpoint, or not at all")
     _add_writing_verbs(verb)
+    _add_evaluate(verb)
     _add_job_verbs(verbs, verb)
     watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")
@@ -90,6 +92,39 @@ def _add_writing_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> N
         "--shard",
         metavar="I/N",
         help="write one share alone, on any node that sees root; without it: all that is missing",
+    )
+
+
+def _add_evaluate(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add what scores models."""
+    evaluate = verb("evaluate", "score any models on the recipe's held-out rows and print one table of them")
+    evaluate.add_argument(
+        "--model",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="[LABEL=]PATH",
+        help="a run or its name under root, the folder of a model, or a hub id",
+    )
+    evaluate.add_argument(
+        "--protocol",
+        choices=("paper", "minillm"),
+        default="paper",
+        help="paper: as `evaluation` says, greedy by default; minillm: five seeds at temperature 1; docs/evaluation.md",
+    )
+    evaluate.add_argument("--baseline", metavar="LABEL", help="what differences are taken to; default: the first model")
+    evaluate.add_argument(
+        "--teacher",
+        metavar="LABEL|PATH|none",
+        help="whom KL and the retained share speak of; default: the recipe's, if its folder is there",
+    )
+    evaluate.add_argument("--target", action="store_true", help="take the KL to the recipe's target as well")
+    evaluate.add_argument("--name", help="the folder under ROOT/evaluations; default: the protocol's name")
+    evaluate.add_argument("--processes", type=int, default=1, metavar="N", help="processes that share the work")
+    evaluate.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="take one share alone, on any node that sees root; without it: all, and the table",
     )
 
 
@@ -177,6 +212,13 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.generating import run
 
         run(options.recipe, options.overrides, options.stage, options.model, options.processes, options.shard)
+    elif options.verb == "evaluate":
+        from deltakd.recipe import evaluating
+
+        asked = {name: getattr(options, name) for name in ("protocol", "name", "baseline", "teacher", "shard")}
+        asked |= {"to_target": options.target, "num_processes": options.processes}
+        typed = evaluating.Request(options.recipe, options.model, options.overrides, **asked)
+        evaluating.run(typed)
     elif options.verb in ("compare", "outcome", "stages", "tidy"):
         _dispatch_for_jobs(options)
     elif options.verb == "serve":

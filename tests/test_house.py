@@ -34,6 +34,7 @@ ADAPTERS = {
     "playwright": set(),  # tests alone drive a browser
     "datasets": {"data/sources.py", "bench/trl.py"},
     "rouge_score": {"evaluate/scores.py"},
+    "pyarrow": {"evaluate/predictions.py"},
     "math_verify": {"evaluate/answers.py"},
     "wandb": {"train/records.py"},
     "torchao": {"models/load.py"},

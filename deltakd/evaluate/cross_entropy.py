@@ -1,10 +1,10 @@
-"""Cross-entropy of a model, and its KL divergence from a teacher, on the supervised tokens of given rows.
+"""Cross-entropy of a model, and its KL divergence from a teacher or a target, on the supervised tokens of given rows.
 
 Far less noisy than ROUGE, and each costs one forward of the models it speaks of. Memory: logits exist for one chunk of
 tokens at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltakd.data.packing import PackedBatch
 from deltakd.losses.linear import linear_loss
-from deltakd.losses.objectives import objective
+from deltakd.losses.objectives import Objective, objective
 from deltakd.models.forward import head_weight, supervised_hidden
 
 CHUNK_TOKENS = 512
@@ -40,14 +40,30 @@ def kl_rows(model: Any, teacher: Any, batches: Sequence[PackedBatch], vocab_size
     device. Raises LossError if the teacher's head has fewer rows, or says of a token what is no number.
     """
     forward_kl = objective({"target": {"name": "teacher"}, "divergence": {"name": "forward_kl"}})
-    head_VH, teacher_head = head_weight(model)[:vocab_size], head_weight(teacher)
+    return _rows(model, {"teacher": teacher}, forward_kl, "divergence", batches, vocab_size)
+
+
+@torch.inference_mode()
+def target_rows(
+    model: Any, frozen: Mapping[str, Any], of: Objective, batches: Sequence[PackedBatch], vocab_size: int
+) -> list[float]:
+    """Return every document's KL from an objective's target to its student point, as `kl_to_target` in steps.jsonl.
+
+    `frozen` holds the models that the objective needs; else as `kl_rows`.
+    """
+    return _rows(model, frozen, of, "kl_to_target", batches, vocab_size)
+
+
+def _rows(
+    model: Any, frozen: Mapping[str, Any], of: Objective, name: str, batches: Sequence[PackedBatch], vocab_size: int
+) -> list[float]:
+    head_VH = head_weight(model)[:vocab_size]
     rows: list[float] = []
     for batch in batches:
         moved = batch.to(str(head_VH.device))
         hidden_NH = supervised_hidden(model, moved, "packed")
-        said = {"teacher": (supervised_hidden(teacher, moved, "packed"), teacher_head)}
-        losses = linear_loss(hidden_NH, head_VH, said, None, forward_kl, CHUNK_TOKENS)
-        rows += _document_means(losses.token("divergence"), moved)
+        said = {role: (supervised_hidden(one, moved, "packed"), head_weight(one)) for role, one in frozen.items()}
+        rows += _document_means(linear_loss(hidden_NH, head_VH, said, None, of, CHUNK_TOKENS).token(name), moved)
     return rows
 
 

@@ -29,6 +29,7 @@ class Answer:
 
     text: str
     ended: bool
+    num_tokens: int = 0  # that it wrote, without the one that ends its turn
 
 
 def generate(
@@ -48,8 +49,9 @@ def generate(
     answers = []
     for tokens in write_tokens(model, prompts, end_id, settings, advance, synced):
         ended = tokens[-1:] == [end_id]
-        text = tokenizer.decode(tokens[:-1] if ended else tokens, skip_special_tokens=True).strip()
-        answers.append(Answer(text, ended))
+        said = tokens[:-1] if ended else tokens
+        text = tokenizer.decode(said, skip_special_tokens=True).strip()
+        answers.append(Answer(text, ended, len(said)))
     return answers
 
 

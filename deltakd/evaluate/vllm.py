@@ -43,7 +43,7 @@ def writer(
         for one in written:
             tokens = [token for token in one.outputs[0].token_ids if token != end_id]
             text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            answers.append(Answer(text, ended=one.outputs[0].finish_reason == "stop"))
+            answers.append(Answer(text, ended=one.outputs[0].finish_reason == "stop", num_tokens=len(tokens)))
         return answers
 
     return write

@@ -1,69 +1,115 @@
 """The evaluate stage: every model of the comparison answers the same held-out prompts; one table comes of it.
 
-A model whose scores lie there already, for the same weights, teacher and settings, is not asked again.
+A model whose scores lie there already, for the same weights, rows, teacher and settings, is not asked again. `compare`
+and the verb `evaluate` (evaluating.py) go the same way.
 """
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from deltakd.base.errors import RunError
-from deltakd.base.files import write_json
+from deltakd.base.errors import RecipeError, RunError
 from deltakd.base.machine import machine_facts
 from deltakd.base.rundir import MODELS, RunDirectory
-from deltakd.data.conversation import Conversation
-from deltakd.data.examples import Example
-from deltakd.data.packing import PackedBatch, pack
-from deltakd.data.settings import DataSettings, SourceSettings
-from deltakd.data.sources import load_rows
-from deltakd.data.template import ChatTemplate
-from deltakd.data.tokenise import build_examples
-from deltakd.data.tokenizer import load_tokenizer
 from deltakd.engine.protocol import device_name
-from deltakd.evaluate.compare import (
-    CROSS_ENTROPY,
-    KEPT,
-    KL_TO_TEACHER,
-    ModelScores,
-    compare,
-    write_comparison,
-    write_predictions,
-)
-from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows
-from deltakd.evaluate.generate import generate
-from deltakd.evaluate.scores import rouge_rows
+from deltakd.evaluate.compare import ModelScores, compare, write_comparison
+from deltakd.evaluate.protocols import PROTOCOLS, Protocol
 from deltakd.evaluate.settings import CompareSettings
-from deltakd.models.load import identity, load_model, resolve
-from deltakd.models.settings import ModelsSettings, WeightsSettings
-from deltakd.models.vocabulary import refuse_foreign
+from deltakd.losses.objectives import objective
+from deltakd.losses.schedules import alpha_over_steps
+from deltakd.models.load import resolve
+from deltakd.models.settings import WeightsSettings, role_key
+from deltakd.recipe.asked import Asked, HeldOut, Shelf, Target, Weights
 from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import Loaded
-from deltakd.recipe.schema import Recipe
+from deltakd.recipe.scoring import Scoring, gather
 
-RULES_VERSION = 1  # raise it when the same models and rows would get other scores; stored ones are not read then
+RAW = "student_raw"
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """The model that all others are held against: loaded when the first of them asks, and once."""
+class Plan:
+    """Which models are scored, how, and where the scores go; `where` names a model's place in errors, by its label."""
 
-    key: str
-    path: Path
-    settings: ModelsSettings
+    loaded: Loaded
+    settings: CompareSettings
+    folder: Path
+    where: str  # with LABEL in it
+    protocol_name: str = "paper"
+    to_target: bool = False  # whether the KL to the recipe's target is taken
+    local_index: int = 0  # of the accelerator
 
     @cached_property
-    def model(self) -> Any:
-        return load_model(self.key, self.path, self.settings).to(device_name(0))
+    def protocol(self) -> Protocol:
+        """How the models are asked."""
+        return PROTOCOLS[self.protocol_name](self.loaded.recipe.evaluation)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(str(self.path), self.settings.trust_remote_code)
+    def models(self) -> dict[str, Weights]:
+        """The models by label. Raises ModelError for one that is not there."""
+        found = {}
+        for label, weights in self.settings.models.items():
+            key = self.where.replace("LABEL", label)
+            found[label] = Weights(key, resolve(key, WeightsSettings(weights=weights)))
+        return found
+
+    @cached_property
+    def asked(self) -> list[Asked]:
+        """Every model with its question, in the table's order."""
+        return [self._ask(label, weights) for label, weights in self.models.items()]
+
+    @cached_property
+    def before(self) -> Asked | None:
+        """The raw student, of which only `kept` is asked; None where nothing is kept, or it is not there."""
+        models, kept = self.loaded.recipe.models, self.loaded.recipe.evaluation.kept
+        raw = Path(models.roles[RAW].weights).expanduser()
+        if not any(kept.values()) or not (raw / "config.json").exists():
+            return None
+        for one in self.asked:
+            if one.weights.path.resolve() == raw.resolve():
+                return one
+        return self._ask(RAW, Weights(self.loaded.where(f"{role_key(RAW)}.weights"), raw), only_kept=True)
+
+    @property
+    def questions(self) -> list[Asked]:
+        """All that is asked: the models, and the raw student if it is none of them."""
+        return [*self.asked, *([self.before] if self.before is not None and self.before.only_kept else [])]
+
+    def _ask(self, label: str, weights: Weights, only_kept: bool = False) -> Asked:
+        recipe, teacher = self.loaded.recipe, self.settings.teacher
+        against = None if teacher is None or only_kept else self.models[teacher]
+        target = None if only_kept else self._target
+        return Asked(
+            recipe, self.protocol, label, weights, self._shelf, self._held_out, against, target, self.folder, only_kept
+        )
+
+    @cached_property
+    def _shelf(self) -> Shelf:
+        return Shelf(self.loaded.recipe.models, device_name(self.local_index))
+
+    @cached_property
+    def _held_out(self) -> HeldOut:
+        recipe = self.loaded.recipe
+        return HeldOut(held_out_conversations(recipe, recipe.evaluation.num_prompts), recipe.data.format == "math")
+
+    @cached_property
+    def _target(self) -> Target | None:
+        if not self.to_target:
+            return None
+        recipe, where = self.loaded.recipe, self.loaded.where
+        settings = recipe.objective.model_copy(update={"sft_weight": 0.0, "policy_gradient": None})
+        of = objective(settings).at(alpha_over_steps(settings.target, recipe.train.steps).final)
+        if recipe.objective.sft_weight == 1 or not of.needs:
+            raise RecipeError(f"{where('objective')}: no frozen model is learnt from. Leave --target out.")
+        frozen = {}
+        for role in sorted(of.needs):
+            key, given = where(f"{role_key(role)}.weights"), recipe.models.roles[role]
+            frozen[role] = Weights(key, resolve(key, given), given.load_in_8bit)
+        return Target(of, frozen)
 
 
 def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
@@ -83,25 +129,23 @@ def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
             + (f", {only} is none of them." if folders else ". Train with checkpoints.models=true.")
         )
     settings = CompareSettings(models={one.name: str(one) for one in folders}, baseline=folders[0].name)
+    folder = run.path / "evaluation"
     if only is None:
-        evaluate(loaded, run_name, settings, run.path / "evaluation", console)
-        folder = run.path / "evaluation"
-        return f"{(folder / 'table.md').read_text()}\nResults: {folder}/results.json, answers in {folder}/predictions/"
+        evaluate(loaded, run_name, settings, folder, console)
+        return f"{(folder / 'table.md').read_text()}\n{results_in(folder)}"
     one = settings.model_copy(update={"models": {folders[only - 1].name: str(folders[only - 1])}})
-    score_models(loaded, run_name, one, run.path / "evaluation", console)
+    score_models(loaded, run_name, one, folder, console)
     return f"{folders[only - 1].name}: scored"
 
 
+def results_in(folder: Path) -> str:
+    """Say where a comparison's results lie."""
+    return f"Results: {folder}/results.json, answers in {folder}/predictions/"
+
+
 def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console) -> None:
-    """Score every model of the comparison and write results.json, table.md and all answers."""
-    recipe = loaded.recipe
-    scores = score_models(loaded, stage, settings, folder, console)
-    result = compare(
-        scores, settings.baseline, settings.teacher, recipe.evaluation.num_resamples, recipe.evaluation.seed
-    )
-    write_comparison(result, {**machine_facts(), "seed": recipe.seed}, folder)
-    for warning in result.warnings:
-        console.print(f"warning: {warning}", style="yellow")
+    """Score every model of a stage's comparison and write results.json, table.md and all answers."""
+    finish(_plan(loaded, stage, settings, folder), console)
 
 
 def score_models(
@@ -111,105 +155,56 @@ def score_models(
 
     Where the comparison names a teacher, `kl_to_teacher` is among them.
     """
-    recipe = loaded.recipe
-    conversations = held_out_conversations(recipe, recipe.evaluation.num_prompts)
+    return _score(_plan(loaded, stage, settings, folder).asked, console)
+
+
+def _plan(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path) -> Plan:
+    return Plan(loaded, settings, folder, loaded.where("pipeline").replace("pipeline", f"{stage}.models.LABEL"))
+
+
+def finish(plan: Plan, console: Console) -> None:
+    """Take what is missing of a plan's scores and write its results; `console` hears of warnings."""
+    recipe, settings = plan.loaded.recipe, plan.settings
+    by_label = dict(zip([id(one) for one in plan.questions], _score(plan.questions, console), strict=True))
+    before = None if plan.before is None else by_label[id(plan.before)]
+    result = compare(
+        [by_label[id(one)] for one in plan.asked],
+        settings.baseline,
+        settings.teacher,
+        recipe.evaluation.num_resamples,
+        recipe.evaluation.seed,
+        before,
+    )
+    facts = {**machine_facts(), "seed": recipe.seed, "protocol": plan.protocol.name, "asked": plan.protocol.facts()}
+    write_comparison(result, facts, plan.folder)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+
+
+def take_share(plan: Plan, index: int, count: int) -> None:
+    """Take one share of all parts that a plan's scores are made of."""
+    taken = 0
+    for asked in plan.questions:
+        if asked.stored() is None:
+            mine = asked.parts[(index - taken) % count :: count]  # rows of shares go on from model to model
+            Scoring(asked).take(mine, lambda _: None)
+        taken += len(asked.parts)
+
+
+def _score(questions: Sequence[Asked], console: Console) -> list[ModelScores]:
     scores = []
-    where = loaded.where("pipeline")
-
-    def find(label: str) -> tuple[str, Path]:
-        key = where.replace("pipeline", f"{stage}.models.{label}")
-        return key, resolve(key, WeightsSettings(weights=settings.models[label]))
-
-    teacher = None if settings.teacher is None else Teacher(*find(settings.teacher), recipe.models)
-    columns = (
-        TextColumn("{task.description:<14}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        for label in settings.models:
-            key, path = find(label)
-            task = bar.add_task(label, total=len(conversations))
-            model = _Asked(recipe, key, label, path, teacher, folder)
-            scores.append(_score_once(model, conversations, lambda n, t=task: bar.advance(t, n)))
-            bar.update(task, completed=len(conversations))
+    with bar_of(console) as bar:
+        for asked in questions:
+            task = bar.add_task(asked.label, total=asked.total)
+            stored = asked.stored()
+            if stored is None:
+                Scoring(asked).take(asked.parts, lambda n, t=task: bar.advance(t, n))  # type: ignore[misc]
+            scores.append(stored or gather(asked))
+            bar.update(task, completed=asked.total)
     return scores
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A model that is scored: under which label, from which folder, against whom, and where its scores go."""
-
-    recipe: Recipe
-    key: str
-    label: str
-    path: Path
-    teacher: Teacher | None
-    folder: Path
-
-
-def _score_once(asked: _Asked, conversations: Sequence[Conversation], advance: Any) -> ModelScores:
-    recipe = asked.recipe
-    question = {"rules": RULES_VERSION, "identity": identity(asked.path), "data": recipe.data.model_dump(mode="json")}
-    question["evaluation"] = recipe.evaluation.model_dump(mode="json")
-    if asked.teacher is not None:  # without one the question is the one that was always asked
-        question["teacher"] = identity(asked.teacher.path)
-    kept = asked.folder / "scores" / f"{asked.label}.json"
-    if kept.exists() and (stored := json.loads(kept.read_text()))["question"] == question:
-        return ModelScores(**stored["scores"])
-    scores = _score(asked, conversations, advance)
-    write_json(kept, {"question": question, "scores": asdict(scores)})
-    return scores
-
-
-def _score(asked: _Asked, conversations: Sequence[Conversation], advance: Any) -> ModelScores:
-    recipe, label, path, teacher = asked.recipe, asked.label, asked.path, asked.teacher
-    tokenizer = load_tokenizer(str(path), recipe.models.trust_remote_code)
-    if teacher is not None:
-        refuse_foreign(asked.key, teacher.tokenizer, tokenizer)
-    if teacher is not None and path == teacher.path:
-        model = teacher.model
-    else:
-        model = load_model(asked.key, path, recipe.models).to(device_name(0))
-    template = ChatTemplate(tokenizer)
-    prompts = [template.encode_prompt(conversation.prompt, conversation.where) for conversation in conversations]
-    answers = generate(model, tokenizer, prompts, template.end_of_turn_id, recipe.evaluation, advance)
-    texts, references = [answer.text for answer in answers], [conversation.reference for conversation in conversations]
-    batches = _packed(recipe.data, [template.encode([conversation])[0] for conversation in conversations])
-    rows = {**rouge_rows(texts, references), CROSS_ENTROPY: cross_entropy_rows(model, batches, len(tokenizer))}
-    if teacher is not None:
-        rows[KL_TO_TEACHER] = kl_rows(model, teacher.model, batches, len(tokenizer))
-    prompted = [conversation.prompt[-1].content for conversation in conversations]
-    kept_rows = zip(prompted, references, texts, zip(*rows.values(), strict=True), strict=True)
-    write_predictions(
-        asked.folder,
-        label,
-        [
-            {"prompt": prompt, "reference": reference, "answer": text, **dict(zip(rows, values, strict=True))}
-            for prompt, reference, text, values in kept_rows
-        ],
-    )
-    for name, file in recipe.evaluation.kept.items():
-        if file is not None:
-            rows[f"{KEPT}{name}"] = _kept(model, recipe, file, tokenizer)
-    return ModelScores(label, str(path), identity(path), rows, sum(not answer.ended for answer in answers))
-
-
-def _kept(model: Any, recipe: Recipe, file: str, tokenizer: Any) -> list[float]:
-    """Return the cross-entropy of every row of a file of raw-domain text; its format shows in its first row."""
-    source = SourceSettings(path=file)
-    _, first = next(iter(load_rows(source)))
-    data = recipe.data.model_copy(update={"format": "text" if "text" in first else recipe.data.format})
-    examples = build_examples(data, source, tokenizer, None, progress=False)
-    return cross_entropy_rows(model, _packed(data, list(examples)), len(tokenizer))
-
-
-def _packed(data: DataSettings, examples: Sequence[Example]) -> list[PackedBatch]:
-    """Pack rows in their order, as many together as data.max_tokens holds."""
-    groups: list[list[Example]] = [[]]
-    for row in examples:
-        if groups[-1] and sum(len(one.tokens) for one in groups[-1]) + len(row.tokens) > data.max_tokens:
-            groups.append([])
-        groups[-1].append(row)
-    return [pack(group) for group in groups]
+def bar_of(console: Console) -> Progress:
+    """Return a bar of answers and rows, a line for each model."""
+    columns = (TextColumn("{task.description:<14}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console)

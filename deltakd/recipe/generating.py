@@ -6,10 +6,7 @@ on with the chunks that are not there.
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +32,11 @@ from deltakd.models.settings import WeightsSettings, role_key
 from deltakd.models.vocabulary import fingerprint
 from deltakd.recipe.held_out import conversations_of
 from deltakd.recipe.load import Loaded, load
-from deltakd.recipe.pipeline import failure, launch_environment
 from deltakd.recipe.schema import Recipe
+from deltakd.recipe.shares import follow_shares, local_index, read_share
 
 RULES_VERSION = 1  # raise it when the same question would get other responses
 QUESTION = "question.json"
-POLL_S = 0.5
 
 
 def run(
@@ -51,7 +47,7 @@ def run(
     settings = _settings(loaded, stage, model)
     folder = Path(loaded.recipe.root) / (stage or f"responses_{settings.model.replace('/', '_').strip('._')}")
     if shard is not None:
-        _write_shard(loaded, settings, folder, *_read_shard(shard))
+        _write_shard(loaded, settings, folder, *read_share(shard))
         return
     command = command_of(name, overrides, stage, settings.model)
     made = make(loaded, settings, folder, num_processes, command, Console(stderr=True))
@@ -102,7 +98,16 @@ def make(
                 write = _writer(loaded, settings, 0)
                 _write(loaded, settings, folder, conversations, write, range(count), lambda n: bar.advance(task, n))
             else:
-                _follow(command, folder, num_processes, count, lambda done: bar.update(task, completed=done * CHUNK))
+
+                def show() -> None:
+                    done = sum(there(folder, number) for number in range(count))
+                    bar.update(task, completed=done * CHUNK)
+
+                follow_shares(command, folder, num_processes, show)
+                if missing := [number for number in range(count) if not there(folder, number)]:
+                    raise RunError(
+                        f"{folder}: {len(missing)} of {count} chunks are not there. Start the same command again."
+                    )
             bar.update(task, completed=len(conversations))
         counts = gather(folder, count, recipe.generation.unended)
         if not counts.rows:
@@ -121,7 +126,7 @@ def _write_shard(loaded: Loaded, settings: ResponsesSettings, folder: Path, inde
     conversations = _conversations(loaded.recipe, settings)
     mine = [n for n in range(index, num_chunks(conversations), count) if not there(folder, n)]
     if mine:
-        write = _writer(loaded, settings, int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        write = _writer(loaded, settings, local_index())
         _write(loaded, settings, folder, conversations, write, mine, lambda _: None)
     print(
         f"{folder}: shard {index}/{count} is written; the same command without --shard makes the data set", flush=True
@@ -144,36 +149,6 @@ def _write(
         return template.encode_prompt(one.prompt, one.where)
 
     write_chunks(folder, conversations, encode, write, loaded.recipe.generation, longest, numbers, advance)
-
-
-def _follow(
-    command: Sequence[str], folder: Path, num_processes: int, count: int, show: Callable[[int], object]
-) -> None:
-    """Have processes write a shard each, and wait for them. Raises RunError with the words of one that failed."""
-    logs = [folder / f"log-{index}.txt" for index in range(num_processes)]
-    children = []
-    try:
-        for index, log in enumerate(logs):
-            environment = launch_environment() | {"LOCAL_RANK": str(index), "RANK": "0"}
-            with log.open("wb") as output:
-                words = [*command, "--shard", f"{index}/{num_processes}"]
-                children.append(
-                    subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment)
-                )
-        while any(child.poll() is None for child in children):
-            show(sum(there(folder, number) for number in range(count)))
-            if any(child.poll() for child in children):
-                break
-            time.sleep(POLL_S)
-    finally:
-        for child in children:
-            child.terminate()
-            child.wait()
-    for log, child in zip(logs, children, strict=True):
-        if child.returncode > 0:
-            raise failure(folder.name, log, child.returncode)
-    if missing := [number for number in range(count) if not there(folder, number)]:
-        raise RunError(f"{folder}: {len(missing)} of {count} chunks are not there. Start the same command again.")
 
 
 def _bar(console: Console) -> Progress:
@@ -243,10 +218,3 @@ def _refuse_another(folder: Path, question: dict[str, Any]) -> None:
             f"{folder}: holds responses to another question ({key}: {stored.get(key)}, now {question[key]}). "
             "Remove the folder, or write root=... for a new place."
         )
-
-
-def _read_shard(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise RunError(f"--shard: {text} is no share. Write 0/4 for the first of four.")
-    return int(index), int(count)

@@ -36,6 +36,20 @@ def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
             )
     if recipe.data.corpus is not None:
         _check_source(recipe, "data.corpus", recipe.data.corpus, where, name)
+    _check_kept(recipe, where, name)
+
+
+def check_held_out(recipe: Recipe, where: Where, name: str = "NAME") -> None:
+    """Raise RecipeError if there are no held-out rows, or they or the `kept` files are not there."""
+    if recipe.data.validation is None:
+        raise RecipeError(f"{where('data.validation')}: missing. Write data.validation.path with held-out rows.")
+    if recipe.data.format == "text":
+        raise RecipeError(f"{where('data.format')}: text has no prompts. Write data.format: messages or math.")
+    _check_source(recipe, "data.validation", recipe.data.validation, where, name)
+    _check_kept(recipe, where, name)
+
+
+def _check_kept(recipe: Recipe, where: Where, name: str) -> None:
     for label, path in recipe.evaluation.kept.items():
         if path is not None:
             _check_files(recipe, f"evaluation.kept.{label}", path, where, name)

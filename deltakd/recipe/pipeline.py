@@ -56,7 +56,9 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
                 _make_stage(base, stage, console)
     tables = [root / stage.name / "table.md" for stage in stages if stage.evaluate is not None]
     for table in tables:
-        print(f"\n{table.read_text()}\nResults: {table.parent}/results.json, answers in {table.parent}/predictions/")
+        from deltakd.recipe.evaluation import results_in
+
+        print(f"\n{table.read_text()}\n{results_in(table.parent)}")
 
 
 def name_accelerator() -> None:

@@ -155,7 +155,7 @@ def test_the_command_trains_scores_and_writes_and_does_nothing_twice(command, ca
         assert one["kl_to_teacher"] > 0 and 0 < one["training_s"] < one["wall_s"], name
         assert one["seeds"]["3"]["kl_to_teacher"] == one["kl_to_teacher"]
         steps = (folder / "tiny" / f"{name}_seed3" / "steps.jsonl").read_text().splitlines()
-        assert len(steps) == 2 and (folder / "tiny" / "methods" / "predictions" / f"{name}_seed3.jsonl").exists()
+        assert len(steps) == 2 and (folder / "tiny" / "methods" / "predictions" / f"{name}_seed3.parquet").exists()
     assert base["frozen"]["teacher"]["kl_to_teacher"] == pytest.approx(0, abs=1e-5)
     table = (folder / "out.md").read_text()
     assert "| sft | " in table and "| delta | " in table and table in capsys.readouterr().out

@@ -50,5 +50,5 @@ def test_an_answer_ends_at_the_end_of_turn_and_does_not_hold_it(lab, teacher, sp
     written = teacher.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :].tolist()
     first = written.index(written[3])
     (answer,) = speak(slice(0, 1), end_id=written[3])
-    assert answer == Answer(tokenizer.decode(written[:first], skip_special_tokens=True).strip(), ended=True)
+    assert answer == Answer(tokenizer.decode(written[:first], skip_special_tokens=True).strip(), True, first)
     assert not speak(slice(0, 1), end_id=299 if 299 not in written else 298)[0].ended

@@ -1,5 +1,8 @@
 """Scores: rouge-score's own numbers, intervals that cover, lists that must match."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from rouge_score import rouge_scorer
 from deltakd.base.errors import DataError
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
-from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table
+from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table, write_comparison
 from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows
 from deltakd.evaluate.scores import ROUGE, mean_interval, paired_difference, rouge_rows, two_level_difference
 from deltakd.models.load import load_model
@@ -106,9 +109,38 @@ def test_a_teacher_that_is_not_clearly_better_is_warned_about():
 def test_the_table_has_a_row_a_model_and_differences_to_the_baseline():
     table = markdown_table(compare([scores("sft", 0.5, 1.0), scores("delta", 0.7, 0.5)], "sft", None, 200, 0))
     rows = [line for line in table.splitlines() if line.startswith("| ")]
-    assert len(rows) == 3
+    assert len(rows) == 6
     assert rows[1] == "| sft | 49.9 | 50.3 | 50.2 | 1.000 | 1.500 |"
     assert rows[2].count("(+20.0 [+20.0, +20.0])") == 3 and "0.500 (-0.500 [-0.500, -0.500])" in rows[2]
+    assert rows[4:] == ["| sft | - | - | 0 |", "| delta | - | - | 0 |"]
+
+
+def test_the_share_of_the_teacher_lengths_and_what_was_kept_stand_beside_them(tmp_path):
+    models = [scores("teacher", 0.8, 0.5), replace(scores("sft", 0.4, 1.0), num_truncated=3, num_tokens=[4.0, 5.0])]
+    raw = ModelScores("student_raw", "folder", "id", {f"{KEPT}raw": [0.5, 1.5]}, 0)
+    comparison = compare(models, "sft", "teacher", 200, 0, raw)
+    write_comparison(comparison, {"protocol": "paper"}, tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    sft, teacher = results["models"]["sft"], results["models"]["teacher"]
+    assert sft["retained"] == pytest.approx(sft["rougeL"] / teacher["rougeL"]) and teacher["retained"] == 1
+    assert (sft["num_truncated"], sft["mean_tokens"], teacher["mean_tokens"]) == (3, 4.5, None)
+    assert sft["difference"] == {} and teacher["difference"][CROSS_ENTROPY]["p"] == 1 / 201
+    assert sft["intervals"]["rougeL"]["low"] < sft["rougeL"] < sft["intervals"]["rougeL"]["high"]
+    assert sft["intervals"]["num_tokens"]["mean"] == 4.5
+    assert results["kept_before"] == {f"{KEPT}raw": 1.0} and sft["kept_change"][f"{KEPT}raw"]["mean"] == 0.5
+    rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| sft")]
+    assert rows[1] == "| sft | 50% | 4.5 | 3 | 1.000 -> 1.500 (+0.500 [+0.500, +0.500]) |"
+
+
+def test_a_comparison_with_what_is_not_there_or_of_other_rows_is_refused():
+    one, other = scores("sft", 0.5, 1.0), scores("delta", 0.5, 1.0)
+    with pytest.raises(DataError, match=r"delta is none of the models sft\. Write one of them"):
+        compare([one], "delta", None, 10, 0)
+    with pytest.raises(DataError, match="29 rows against 30"):
+        compare([one, replace(other, rows={name: rows[:29] for name, rows in other.rows.items()})], "sft", None, 10, 0)
+    with pytest.raises(DataError, match="2 rows against 0"):
+        fewer = {name: rows for name, rows in one.rows.items() if not name.startswith(KEPT)}
+        compare([replace(one, rows=fewer), other], "sft", None, 10, 0)
 
 
 def test_cross_entropy_of_each_row_is_torch_s_own(lab):

@@ -1,13 +1,12 @@
 """Scores that are kept: read again for the same question alone, and with the teacher loaded once."""
 
-import json
-
 import pytest
 from rich.console import Console
 
 from deltakd.evaluate.compare import CROSS_ENTROPY, KL_TO_TEACHER
+from deltakd.evaluate.predictions import read_predictions
 from deltakd.evaluate.settings import CompareSettings
-from deltakd.recipe import evaluation
+from deltakd.recipe import asked, evaluation
 from deltakd.recipe.load import load
 
 
@@ -15,8 +14,8 @@ from deltakd.recipe.load import load
 def loads(monkeypatch):
     """The folders that models were loaded from, in order."""
     seen = []
-    real = evaluation.load_model
-    monkeypatch.setattr(evaluation, "load_model", lambda key, path, *rest: seen.append(path) or real(key, path, *rest))
+    real = asked.load_model
+    monkeypatch.setattr(asked, "load_model", lambda key, path, *rest: seen.append(path) or real(key, path, *rest))
     return seen
 
 
@@ -35,8 +34,7 @@ def test_scores_that_were_kept_without_a_teacher_are_not_read_as_if_they_had_its
     student, teacher = (model.rows[KL_TO_TEACHER] for model in with_kl)
     assert len(student) == 4 and min(student) > 0.01 and max(map(abs, teacher)) < 1e-5
     assert [model.rows[CROSS_ENTROPY] for model in with_kl] == [model.rows[CROSS_ENTROPY] for model in without]
-    lines = (tmp_path / "predictions" / "student.jsonl").read_text().splitlines()
-    assert [json.loads(line)[KL_TO_TEACHER] for line in lines] == student
+    assert [row[KL_TO_TEACHER] for row in read_predictions(tmp_path, "student")] == student
 
     assert evaluation.score_models(loaded, "one", named, tmp_path, console) == with_kl and len(loads) == 4
     other = named.model_copy(update={"teacher": "student"})

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from deltakd.evaluate.predictions import COLUMNS, read_predictions
 from deltakd.models.new import write_new_model
 from deltakd.models.settings import NewModelSettings
 from tests.run.running import ZERO_3
@@ -26,12 +27,13 @@ def quickstart(lab, root):
 def test_the_quickstart_ends_with_one_table_and_the_path_of_its_results(quickstart, root):
     assert quickstart.returncode == 0, quickstart.stdout[-2000:] + quickstart.stderr[-3000:]
     rows = [line.split(" | ")[0] for line in quickstart.stdout.splitlines() if line.startswith("| ")]
-    assert rows == ["| model", "| teacher", "| student_raw", "| sft", "| forward_kl", "| delta"]
+    labels = ["| model", "| teacher", "| student_raw", "| sft", "| forward_kl", "| delta"]
+    assert rows == labels * 2  # scores, and what stands beside them
     assert f"{root}/evaluation/results.json" in quickstart.stdout
     results = json.loads((root / "evaluation" / "results.json").read_text())
     assert set(results["models"]) == {"teacher", "student_raw", "sft", "forward_kl", "delta"}
-    answers = (root / "evaluation" / "predictions" / "delta.jsonl").read_text().splitlines()
-    assert len(answers) == 6 and {"prompt", "reference", "answer", "rougeL"} <= json.loads(answers[0]).keys()
+    answers = read_predictions(root / "evaluation", "delta")
+    assert len(answers) == 6 and list(answers[0]) == list(COLUMNS)
 
 
 def test_a_second_call_skips_every_finished_stage(quickstart, lab, root):
@@ -61,7 +63,7 @@ def test_seqkd_learns_what_the_teacher_wrote(quickstart, lab, root):
     few = ["generation={num_prompts: 12, max_new_tokens: 6, unended: keep, temperature: 1.0}", *SMALL]
     done = lab.run("python", "-m", "deltakd", "run", "baselines/seqkd", f"root={root}", *few)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[-8:] if line.startswith("| ")][-1] == "| delta"
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()[-14:] if line.startswith("| ")][-1] == "| delta"
     learnt = json.loads((root / "seqkd" / "run.json").read_text())["data"]
     assert learnt["rows"] == 12, learnt
 
