@@ -59,6 +59,12 @@ class Comparison:
     before: ModelScores | None = None  # the raw student, of which `kept` alone is read
     changes: Mapping[str, Mapping[str, Difference]] = field(default_factory=dict)  # label -> kept -> minus before
 
+    @property
+    def kept_before(self) -> dict[str, float]:
+        """The raw student's means of what is kept."""
+        before = self.before
+        return {} if before is None else {name: before.mean(name) for name in before.rows if name.startswith(KEPT)}
+
     def retained(self, label: str) -> float | None:
         """Return a model's ROUGE-L as a share of the teacher's; None where there is no teacher, or it has none."""
         means = {model.label: model.mean("rougeL") for model in self.models}
@@ -128,8 +134,7 @@ def markdown_table(comparison: Comparison) -> str:
 
 def _beside(comparison: Comparison) -> list[list[str]]:
     """Return what is no score: the share of the teacher's, lengths, and what was kept, before and after."""
-    before = comparison.before.rows if comparison.before is not None else {}
-    kept = [metric for metric in comparison.models[0].rows if metric in before]
+    kept = comparison.kept_before
     lines = [["model", "of the teacher's ROUGE-L", "tokens", "cut off", *(f"{one}, before -> after" for one in kept)]]
     for model in comparison.models:
         share = comparison.retained(model.label)
@@ -137,7 +142,7 @@ def _beside(comparison: Comparison) -> list[list[str]]:
         cells = [model.label, "-" if share is None else f"{100 * share:.0f}%", tokens, f"{model.num_truncated:,}"]
         for one in kept:
             change = signed(comparison.changes[model.label][one], one)
-            cells.append(f"{np.mean(before[one]):.3f} -> {model.mean(one):.3f} ({change})")
+            cells.append(f"{kept[one]:.3f} -> {model.mean(one):.3f} ({change})")
         lines.append(cells)
     return lines
 
@@ -170,13 +175,11 @@ def _legend(comparison: Comparison, metrics: Sequence[str]) -> str:
 
 def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: Path) -> None:
     """Write results.json and table.md."""
-    before = comparison.before
-    kept = [metric for metric in before.rows if metric.startswith(KEPT)] if before is not None else []
     result = {
         **facts,
         "baseline": comparison.baseline,
         "teacher": comparison.teacher,
-        "kept_before": {metric: before.mean(metric) for metric in kept} if before is not None else {},
+        "kept_before": comparison.kept_before,
         "models": {model.label: _result(comparison, model) for model in comparison.models},
         "warnings": list(comparison.warnings),
     }

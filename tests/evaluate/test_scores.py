@@ -12,8 +12,9 @@ from deltakd.base.errors import DataError
 from deltakd.data.examples import Example
 from deltakd.data.packing import pack
 from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, ModelScores, compare, markdown_table, write_comparison
-from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows
+from deltakd.evaluate.cross_entropy import cross_entropy_rows, kl_rows, target_rows
 from deltakd.evaluate.scores import ROUGE, mean_interval, paired_difference, rouge_rows, two_level_difference
+from deltakd.losses.objectives import objective
 from deltakd.models.load import load_model
 from deltakd.models.settings import ModelsSettings, WeightsSettings
 
@@ -170,6 +171,27 @@ def test_kl_to_the_teacher_of_each_row_is_that_of_plain_softmax_in_float64(lab):
         expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
         assert value == pytest.approx(expected.item(), rel=1e-5) and value > 0.01
     assert kl_rows(teacher, teacher, [pack(examples)], 300) == pytest.approx([0.0] * 4, abs=1e-6)
+
+
+def test_kl_to_the_target_of_each_row_is_that_of_plain_softmax_in_float64(lab):
+    settings = ModelsSettings(student=WeightsSettings(weights="x"), dtype="float32")
+    student, *frozen = (load_model(n, lab.folder / n, settings) for n in ("student", "teacher", "teacher_raw"))
+    other = load_model("student_raw", lab.folder / "student", settings).requires_grad_(False)
+    for weight in other.parameters():
+        weight.mul_(0.7)
+    models = {"teacher": frozen[0], "teacher_raw": frozen[1], "student_raw": other}
+    tokens = torch.randint(0, 300, (23,), generator=torch.Generator().manual_seed(2))
+    batch = pack([Example(tokens.int().numpy(), (torch.arange(23) >= 2).numpy())])
+    log = {
+        name: model(input_ids=tokens[None]).logits[0, 1:-1, :300].double().log_softmax(-1)
+        for name, model in {**models, "student": student}.items()
+    }
+    log_p = (log["teacher"] + 0.5 * (log["student_raw"] - log["teacher_raw"])).log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log["student"])).sum(-1).mean()
+    # Whatever divergence the recipe trains on: the figure is the KL.
+    of = objective({"target": {"name": "delta", "alpha": 0.5}, "divergence": {"name": "reverse_kl"}})
+    (value,) = target_rows(student, models, of, [batch], 300)
+    assert value == pytest.approx(expected.item(), rel=1e-5) and value > 0.01
 
 
 def test_an_interval_over_seeds_and_prompts_is_as_wide_as_both_variances_say():
