@@ -174,7 +174,7 @@ def _legend(comparison: Comparison, metrics: Sequence[str]) -> str:
 
 
 def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: Path) -> None:
-    """Write results.json and table.md."""
+    """Write results.json and table.md; `facts` name the protocol."""
     result = {
         **facts,
         "baseline": comparison.baseline,
@@ -184,7 +184,7 @@ def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: P
         "warnings": list(comparison.warnings),
     }
     write_json(folder / "results.json", result)
-    write_text(folder / "table.md", markdown_table(comparison))
+    write_text(folder / "table.md", f"{markdown_table(comparison)}\nProtocol: {facts['protocol']}.\n")
 
 
 def _result(comparison: Comparison, model: ModelScores) -> dict[str, Any]:

@@ -82,6 +82,10 @@ def test_a_difference_that_is_everywhere_0_has_p_1_and_one_that_is_clear_the_sma
     assert paired_difference([1.0, 2.0], [1.0, 2.0], 99, 0).p == 1
     rows = [1.0 + 0.01 * index for index in range(40)]
     assert paired_difference(rows, [0.0] * 40, 99, 0).p == paired_difference([0.0] * 40, rows, 99, 0).p == 0.01
+    # All nine of one sign are 2 of 512 draws; their sums differ from the one that was seen by its last bits.
+    nine = np.random.default_rng(10).random(9).tolist()
+    assert paired_difference(nine, [0.0] * 9, 4000, 0).p == pytest.approx(2 / 512, abs=0.003)
+    assert paired_difference(nine, [0.0] * 9, 4000, 0).p > 0.002
     assert paired_difference([0.1, 0.2, 0.3], [0.0] * 3, 4000, 0).p == pytest.approx(0.25, abs=0.03)  # 2 of 8 signs
 
 
@@ -130,6 +134,7 @@ def test_the_share_of_the_teacher_lengths_and_what_was_kept_stand_beside_them(tm
     assert sft["intervals"]["num_tokens"]["mean"] == 4.5
     assert results["kept_before"] == {f"{KEPT}raw": 1.0} and sft["kept_change"][f"{KEPT}raw"]["mean"] == 0.5
     rows = [line for line in (tmp_path / "table.md").read_text().splitlines() if line.startswith("| sft")]
+    assert (tmp_path / "table.md").read_text().endswith("\n\nProtocol: paper.\n")
     assert rows[1] == "| sft | 50% | 4.5 | 3 | 1.000 -> 1.500 (+0.500 [+0.500, +0.500]) |"
 
 
