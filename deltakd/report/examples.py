@@ -1,16 +1,14 @@
 """What the models answered, prompt by prompt, beside the reference and with its scores.
 
-Predictions are read as Parquet or as lines of JSON, whichever an evaluation has. All that is shown is text of models:
-the page writes it as text and never as markup.
+All that is shown is text of models: the page writes it as text and never as markup.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from deltakd.evaluate.predictions import read_predictions
 from deltakd.report.evaluations import Evaluation, Table
-from deltakd.report.lines import read_rows
 
 MOST_LETTERS = 3_000_000  # of all examples of a page; more prompts than fit are left out, and counted
 TEXTS = frozenset({"prompt", "reference", "answer", "seed"})
@@ -25,24 +23,12 @@ class Examples:
     num_prompts: int
 
 
-def read_predictions(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
+def answers_of(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
     """Return a model's answers with what was measured of each; [] if there are none, or they cannot be read."""
-    folder = evaluation.path / "predictions"
-    table = folder / f"{label}.parquet"
-    if table.exists():
-        return _read_parquet(table)
-    return [row for row in read_rows(folder / f"{label}.jsonl")[0] if {"prompt", "answer"} <= row.keys()]
-
-
-def _read_parquet(path: Path) -> list[dict[str, Any]]:
-    import pyarrow
-    from pyarrow import parquet
-
     try:
-        rows: list[dict[str, Any]] = parquet.read_table(path).to_pylist()
-    except (OSError, pyarrow.ArrowException):
+        return read_predictions(evaluation.path, label)
+    except (OSError, ValueError):  # ValueError: not Parquet, or not whole
         return []
-    return [row for row in rows if {"prompt", "answer"} <= row.keys()]
 
 
 def examples(table: Table, evaluations: Mapping[str, Evaluation], most_letters: int = MOST_LETTERS) -> Examples:
@@ -50,7 +36,7 @@ def examples(table: Table, evaluations: Mapping[str, Evaluation], most_letters: 
     asked: dict[tuple[str, str], dict[str, Any]] = {}
     models: dict[str, tuple[str, str]] = {}
     for row in table.rows:
-        for answer in read_predictions(evaluations[row.evaluation], row.label):
+        for answer in answers_of(evaluations[row.evaluation], row.label):
             seed = answer.get("seed")
             key = (str(answer["prompt"]), str(answer.get("reference", "")))
             one = asked.setdefault(key, {"prompt": key[0], "reference": key[1], "answers": {}})

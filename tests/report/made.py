@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from deltakd.evaluate.predictions import COLUMNS, write_predictions
+
 FACTS = {"commit": "0123456789ab", "python": "3.11.7", "host": "node1", "machine": "x86_64, 2 cores, 24 GiB"}
 FACTS |= {"versions": {"torch": "2.13.0", "numpy": "2.4.6"}}
 RECIPE = """\
@@ -88,8 +90,7 @@ def make_run(folder: Path, num_steps: int = 40, seed: int = 1, alpha: float = 0.
 
 def make_evaluation(folder: Path, labels: list[str], baseline: str, answers: dict[str, str] | None = None) -> Path:
     """Make an evaluation of three prompts; `answers` are what the models say to the first."""
-    (folder / "predictions").mkdir(parents=True)
-    (folder / "scores").mkdir()
+    (folder / "scores").mkdir(parents=True)
     models: dict[str, Any] = {}
     for index, label in enumerate(labels):
         rows = {"rougeL": [0.5 + 0.1 * index, 0.6, 0.7], "cross_entropy": [0.3 - 0.1 * index, 0.2, 0.1]}
@@ -103,12 +104,9 @@ def make_evaluation(folder: Path, labels: list[str], baseline: str, answers: dic
         models[label]["difference"] = {} if label == baseline else difference
         first = (answers or {}).get(label, f"answer of {label}")
         texts = [first, "second answer", "third answer"]
-        lines = [
-            {"prompt": f"prompt {n}", "reference": f"reference {n}", "answer": text}
-            | {metric: values[n] for metric, values in rows.items()}
-            for n, text in enumerate(texts)
-        ]
-        (folder / "predictions" / f"{label}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        columns = dict.fromkeys(COLUMNS, [None] * 3) | {"answer": texts, "seed": [0] * 3} | rows
+        columns |= {name: [f"{name} {n}" for n in range(3)] for name in ("prompt", "reference")}
+        write_predictions(folder, label, columns)
         (folder / "scores" / f"{label}.json").write_text(json.dumps({"question": {}, "scores": {"rows": rows}}))
     results = {**FACTS, "started": "2026-11-22T11:00:00Z", "seed": 1, "baseline": baseline, "models": models}
     (folder / "results.json").write_text(json.dumps({**results, "warnings": []}))

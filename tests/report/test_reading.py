@@ -9,7 +9,7 @@ import pytest
 from deltakd.base.errors import RunError
 from deltakd.report.build import gather
 from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
-from deltakd.report.examples import examples, read_predictions
+from deltakd.report.examples import answers_of
 from deltakd.report.find import find
 from deltakd.report.gaps import gaps
 from deltakd.report.lines import read_columns
@@ -135,28 +135,23 @@ def test_an_interval_of_a_mean_covers_it_about_as_often_as_it_says():
     assert 285 - 14 <= sum(low < 0 < high for low, high in intervals) <= 297
 
 
-def test_predictions_are_read_as_parquet_where_they_are(tmp_path):
-    import pyarrow
-    from pyarrow import parquet
-
-    folder = make_evaluation(tmp_path / "evaluation", ["sft", "delta"], "sft")
-    evaluation = read_evaluation("evaluation", folder)
-    lines = read_predictions(evaluation, "delta")
-    rows = [{**line, "seed": 0, "num_tokens": 4, "ended": False, "answer_correct": None} for line in lines]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "predictions" / "delta.parquet")
-    (folder / "predictions" / "delta.jsonl").unlink()
-    assert [row["answer"] for row in read_predictions(evaluation, "delta")] == [line["answer"] for line in lines]
+def test_answers_to_one_prompt_stand_together_with_their_scores(tmp_path):
+    evaluation = read_evaluation("evaluation", make_evaluation(tmp_path / "evaluation", ["sft", "delta"], "sft"))
     [table] = tables([evaluation])
     shown = examples(table, {"evaluation": evaluation})
     assert list(shown.models) == ["sft", "delta"] and len(shown.rows) == 3
-    assert shown.rows[0]["answers"][1]["scores"] == {
-        "rougeL": 0.6,
-        "cross_entropy": 0.2,
-        "num_tokens": 4,
-        "ended": False,
-    }
+    assert shown.rows[0]["answers"][1]["scores"] == {"rougeL": 0.6, "cross_entropy": 0.2}
     few = examples(table, {"evaluation": evaluation}, most_letters=400)
     assert 0 < len(few.rows) < 3 and few.num_prompts == 3
+
+
+def test_answers_that_cannot_be_read_are_none(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation", ["sft", "delta"], "sft")
+    evaluation = read_evaluation("evaluation", folder)
+    assert [row["answer"] for row in answers_of(evaluation, "delta")][1:] == ["second answer", "third answer"]
+    path = folder / "predictions" / "delta.parquet"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert answers_of(evaluation, "delta") == [] == answers_of(evaluation, "nobody")
 
 
 def test_a_broken_evaluation_is_a_gap(tmp_path):
