@@ -16,9 +16,8 @@ from deltakd.base.errors import RunError
 from deltakd.base.files import write_json, write_text
 from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
-from deltakd.base.rundir import ROLLOUTS
+from deltakd.base.rundir import ROLLOUTS, RunDirectory
 from deltakd.bench.method_plan import SET_HERE, Base, Run, plan
-from deltakd.bench.method_runs import WALL, directory_of, train_all
 from deltakd.bench.method_table import Measured, markdown, summarise
 from deltakd.evaluate.compare import ModelScores
 from deltakd.evaluate.settings import CompareSettings
@@ -27,6 +26,7 @@ from deltakd.recipe.evaluation import score_models
 from deltakd.recipe.load import as_override
 from deltakd.recipe.paths import check_paths
 from deltakd.recipe.stages import stages_behind
+from deltakd.recipe.trainings import WALL, Training, refuse_failed, train_all
 
 BASELINE, TEACHER, RAW = "sft", "teacher", "student_raw"
 SCORES = "methods"  # folder under a base's root: answers and scores of every run
@@ -63,7 +63,8 @@ def bench(asked: Asked) -> None:
     }
     for base in bases:
         _prepare(base, runs[base.name])
-    train_all([run for base in bases for run in runs[base.name]], asked.jobs, console)
+    trainings = [Training(base.name, run.overrides, run.recipe, True) for base in bases for run in runs[base.name]]
+    refuse_failed(train_all(trainings, asked.jobs, console), len(trainings))
     report: dict[str, Any] = {**machine_facts(), "settings": _settings(asked), "bases": {}}
     text = f"# Methods\n\n{report['started'][:10]}, code at {report['commit']}, {report['machine']}.\n"
     for base in bases:
@@ -139,7 +140,7 @@ def _score(base: Base, runs: Sequence[Run], console: Console) -> tuple[dict[str,
     loaded = base.load()
     recipe = loaded.recipe
     roles = {TEACHER: recipe.models.roles[TEACHER].weights, RAW: recipe.models.student.weights}
-    weights = roles | {run.label: str(directory_of(run).export) for run in runs}
+    weights = roles | {run.label: str(_directory_of(run).export) for run in runs}
     settings = CompareSettings(models=weights, baseline=RAW, teacher=TEACHER)
     scored = score_models(loaded, SCORES, settings, base.root / SCORES, console)
     scores = {one.label: one for one in scored}
@@ -159,8 +160,12 @@ def _score(base: Base, runs: Sequence[Run], console: Console) -> tuple[dict[str,
     return figures, markdown(summary, frozen, BASELINE)
 
 
+def _directory_of(run: Run) -> RunDirectory:
+    return RunDirectory(Path(run.recipe.directory))
+
+
 def _measured(run: Run, scores: ModelScores) -> Measured:
-    directory = directory_of(run)
+    directory = _directory_of(run)
     step_s = sum(step["step_s"] for step in directory.read_lines("steps.jsonl"))
     writing_s = sum(writing["s"] for writing in directory.read_lines(ROLLOUTS))
     wall, began = directory.path / WALL, json.loads((directory.path / "run.json").read_text())

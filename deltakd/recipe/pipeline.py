@@ -92,7 +92,9 @@ def launch_command(
         nodes = ["--standalone", "--nproc_per_node", str(num_processes or _num_accelerators())]
         return [_program("torchrun"), *nodes, *tail, *overrides]
     count = ["--num_accelerators", str(num_processes)] if num_processes else []
-    return [_program("deepspeed"), *count, *tail, *overrides]
+    # Its ranks meet at one port of the machine unless it is told another: launches beside each other need their own.
+    port = ["--master_port", os.environ["MASTER_PORT"]] if os.environ.get("MASTER_PORT") else []
+    return [_program("deepspeed"), *count, *port, *tail, *overrides]
 
 
 def _program(name: str) -> str:
