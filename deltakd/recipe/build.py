@@ -34,7 +34,7 @@ from deltakd.recipe.inputs import Inputs, read_corpus
 from deltakd.recipe.rollouts import build_rollouts
 from deltakd.recipe.schema import Recipe
 from deltakd.teacher.arena import Arena
-from deltakd.teacher.cache import CachedReferences, cache_folder
+from deltakd.teacher.cache import CachedReferences, find_folder
 from deltakd.teacher.client import ServiceReferences, ServiceSettings, make_arena
 from deltakd.teacher.members import Members
 from deltakd.teacher.messages import PROTOCOL, Terms
@@ -269,7 +269,7 @@ def _build_cached(inputs: Inputs, device: str, batches: Iterator[tuple[PackedBat
     heads = frozen_heads(inputs, device) if inputs.spec.kind == "hidden" else {}
     facts_ = frozen_facts(inputs)
     identities = {name: one.identity for name, one in facts_.items()}
-    folder, _ = cache_folder(Path(inputs.recipe.root), terms(inputs, ""), identities)
+    folder, _ = find_folder(Path(inputs.recipe.root), terms(inputs, ""), identities)
     references = CachedReferences(folder, facts_, heads, inputs.spec, device)
     references.refuse_missing(islice(batches, CHECKED_BATCHES))
     return references

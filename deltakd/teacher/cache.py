@@ -51,6 +51,23 @@ def cache_folder(root: Path, terms: Terms, identities: Mapping[str, str]) -> tup
     return root / "cache" / hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), stands_for
 
 
+def find_folder(root: Path, terms: Terms, identities: Mapping[str, str]) -> tuple[Path, dict[str, object]]:
+    """Return where payloads on these terms lie, or shall lie, and what that stands for.
+
+    Where each model sends a payload of its own, a cache of more models serves as well: at alpha 0 nobody asks the raw
+    models, and what the teacher says is the same.
+    """
+    own, about = cache_folder(root, terms, identities)
+    if terms.objective or (own / "index.jsonl").exists():
+        return own, about
+    for path in sorted((root / "cache").glob("*/about.json")):
+        other = json.loads(path.read_text())
+        models = other.get("models", {})
+        if {**other, "models": about["models"]} == about and identities.items() <= models.items():
+            return path.parent, other
+    return own, about
+
+
 def record_key(name: str, batch: Batch, alpha: float, spec: PayloadSpec) -> Key:
     """Return under what a payload is kept."""
     return name, batch_digest(*batch_bytes(batch)).hex(), 0.0 if spec.keeps_models_apart else alpha

@@ -118,3 +118,18 @@ def test_a_cache_that_does_not_fit_is_refused_before_its_first_byte(lab, tmp_pat
     finally:
         subprocess.run(["umount", str(small)], check=True)
         shutil.rmtree(small)
+
+
+def test_a_cache_of_three_models_serves_a_run_that_asks_one_of_them(lab, tmp_path):
+    """At alpha 0 nobody asks the raw models; the teacher's payloads are there already, and nobody is asked again."""
+    root, alone = f"root={tmp_path}/runs", "objective.target.alpha=0.0"
+    assert verb(lab, root).returncode == 0
+    (folder,) = (tmp_path / "runs" / "cache").iterdir()
+    about = (folder / "about.json").read_text()
+    again = verb(lab, root, alone)
+    assert again.returncode == 0 and ", 0 bytes to write" in again.stdout, again.stdout + again.stderr
+    assert [*(tmp_path / "runs" / "cache").iterdir()] == [folder] and (folder / "about.json").read_text() == about
+    expected = curve(lab.train("alone_asked", alone, "references.from=in_process"))
+    lab.train_here("alone_read", alone, root, "references.from=cache")
+    steps = (tmp_path / "runs" / "alone_read" / "steps.jsonl").read_text().splitlines()
+    assert curve([json.loads(line) for line in steps]) == expected
