@@ -14,6 +14,7 @@ from deltakd.base.processes import end_with_launchers
 from deltakd.base.supervisor import PULSE
 from deltakd.bench.command import add_bench, run_bench
 from deltakd.report.command import add_report, run_report
+from deltakd.study.command import VERBS, add_study, run_study
 
 if TYPE_CHECKING:
     from deltakd.recipe.supervise import Post
@@ -62,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="refuse to begin: go on from a checkpoint, or not at all")
     _add_writing_verbs(verb)
     _add_evaluate(verb)
+    add_study(verb)
     _add_job_verbs(verbs, verb)
     watch = verbs.add_parser("watch", help="watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")
@@ -200,6 +202,8 @@ def _dispatch(options: argparse.Namespace) -> None:
         run_bench(options)
     elif options.verb == "report":
         run_report(options)
+    elif options.verb in VERBS:
+        run_study(options)
     elif options.verb == "watch":
         from deltakd.recipe.watch import watch
 

@@ -22,6 +22,7 @@ LAYERS = {
     "recipe": 5,
     "bench": 6,
     "report": 6,
+    "study": 6,
     "__main__": 7,
     "launchers": 8,
 }

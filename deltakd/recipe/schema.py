@@ -54,7 +54,11 @@ class Recipe(Settings):
     root: str = Field(
         description="Folder of everything that this recipe makes; the file's name under runs/ by default."
     )
-    run: str = Field("train", pattern=r"^[a-z0-9_]+$", description="This run's folder under root.")
+    run: str = Field(
+        "train",
+        pattern=r"^[a-z0-9_]+(/[a-z0-9_][a-z0-9_.,=-]*)*$",
+        description="This run's folder under root; a sweep's runs lie in folders of it.",
+    )
     seed: int = Field(17, ge=0)
     models: ModelsSettings
     data: DataSettings

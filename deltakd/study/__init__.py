@@ -1,0 +1,1 @@
+"""What is asked of several trainings at once (`sweep`), and of a target before any (`target`)."""
