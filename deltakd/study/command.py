@@ -32,10 +32,10 @@ def run_study(options: argparse.Namespace) -> None:
         words, name, jobs = options.overrides, options.name, options.jobs
         sweep.sweep(sweep.Asked(options.recipe, words, name, jobs, options.baseline, options.slurm, options.sbatch))
         return
-    from deltakd.study import target
+    from deltakd.study.target import target
 
     alphas, temperatures = (read_numbers(f"--{name}", getattr(options, name)) for name in ("alphas", "temperatures"))
-    target.target(options.recipe, options.overrides, alphas, temperatures, options.rows)
+    target(options.recipe, options.overrides, alphas, temperatures, options.rows)
 
 
 def read_numbers(option: str, text: str) -> list[float]:

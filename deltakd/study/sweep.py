@@ -1,4 +1,4 @@
-"""`deltakd sweep`: the grid of all settings with several values, trained, scored on the same prompts, and laid in a table.
+"""`deltakd sweep`: the grid of all settings with several values, trained, scored on the same prompts, in one table.
 
     ROOT/sweeps/NAME/sweep.json, table.md           what came of it (results.py)
     ROOT/sweeps/NAME/alpha=0.5,seed=1/              a run for each point, with its log
@@ -56,7 +56,10 @@ class Asked:
 
 
 def sweep(asked: Asked) -> None:
-    """Train what is missing, score all, write JSON and table. Raises RunError for a grid that is none or runs that failed."""
+    """Train what is missing, score all, write JSON and table.
+
+    Raises RunError for a grid that is none, before anything runs, and for runs that failed, after the others are done.
+    """
     if asked.jobs is not None and asked.jobs < 1:
         raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
     grid = read_grid(asked.recipe, asked.words, asked.name)
@@ -110,7 +113,7 @@ def _train(grid: Grid, sharing: Sharing, jobs: int | None, console: Console) -> 
 
 
 def _score(grid: Grid, labels: Sequence[str], console: Console) -> tuple[dict[str, ModelScores], list[ModelScores]]:
-    """Score the points that are trained, and beside them the teacher and the raw student; all by one recipe's settings."""
+    """Score the points that are trained, the teacher and the raw student, all by the first point's settings."""
     loaded = grid.points[0].loaded
     roles = loaded.recipe.models.roles
     weights = {role: roles[role].weights for role in (TEACHER, RAW) if role in roles}
@@ -143,7 +146,6 @@ def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:
     given = {"SWEEP": str(lines), "RECIPE": grid.recipe, "STAGE": "", "RUN": ""}
     done = subprocess.run(command, env={**os.environ, **given}, capture_output=True, text=True)
     if done.returncode:
-        raise RunError(
-            f"sbatch: {done.stderr.strip().rstrip('.') or 'failed'}. Mend it and start the same command again."
-        )
+        why = done.stderr.strip().rstrip(".") or f"ended with exit code {done.returncode}"
+        raise RunError(f"sbatch: {why}. Mend it and start the same command again.")
     print(f"{done.stdout.strip()}; when all have ended, the same command without --slurm scores them", flush=True)
