@@ -15,6 +15,8 @@ from deltakd.__main__ import main, parse, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import load
 from deltakd.recipe.stages import describe_stages
+from deltakd.study.grid import read_grid
+from deltakd.study.results import find_baseline
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -60,7 +62,10 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         options = parse(parser(), words[1:])
         if options.verb == "watch" or not hasattr(options, "recipe"):
             return
-        if options.recipe != "mine":
+        if options.verb == "sweep":
+            grid = read_grid(options.recipe, options.overrides, options.name)
+            find_baseline(grid, options.baseline)
+        elif options.recipe != "mine":
             check_every_stage(options.recipe, options.overrides)
         if options.verb == "check":
             assert main(words[1:]) == 0 and "models:" in capsys.readouterr().out

@@ -80,9 +80,17 @@ def train(
 
 
 def launch_command(
-    recipe: Recipe, name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None
+    recipe: Recipe,
+    name: str,
+    overrides: Sequence[str],
+    stage: str | None,
+    num_processes: int | None,
+    port: int | None = None,
 ) -> list[str]:
-    """Return the command that starts a training: the engine's launcher over this machine's accelerators."""
+    """Return the command that starts a training: the engine's launcher over this machine's accelerators.
+
+    DeepSpeed's ranks meet at one port of the machine: launches beside each other need a `port` each.
+    """
     if not (LAUNCHERS / "train.py").exists():
         raise RunError(f"{LAUNCHERS}: no launchers. Work in a checkout of the repository (`pip install -e .`).")
     tail = [str(LAUNCHERS / "train.py"), "--recipe", str(find_recipe(name)), *(["--stage", stage] if stage else [])]
@@ -92,9 +100,8 @@ def launch_command(
         nodes = ["--standalone", "--nproc_per_node", str(num_processes or _num_accelerators())]
         return [_program("torchrun"), *nodes, *tail, *overrides]
     count = ["--num_accelerators", str(num_processes)] if num_processes else []
-    # Its ranks meet at one port of the machine unless it is told another: launches beside each other need their own.
-    port = ["--master_port", os.environ["MASTER_PORT"]] if os.environ.get("MASTER_PORT") else []
-    return [_program("deepspeed"), *count, *port, *tail, *overrides]
+    meet = [] if port is None else ["--master_port", str(port)]
+    return [_program("deepspeed"), *count, *meet, *tail, *overrides]
 
 
 def _program(name: str) -> str:

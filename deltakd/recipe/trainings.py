@@ -1,4 +1,4 @@
-"""Many trainings: each a process that a user could have started, several at a time, none twice.
+"""Many trainings: each by the launcher that a user would type, several at a time, none twice.
 
 A run that is finished is left alone, and one that was killed goes on from its last checkpoint or begins anew; so the
 whole command can be killed and started again. Asked to stop, it has its trainings keep their checkpoints first. One
@@ -8,7 +8,6 @@ that fails leaves the others alone: it is told of when they are done.
 import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from deltakd.base.files import write_json
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.recipe.finished import is_finished
-from deltakd.recipe.pipeline import launch_environment
+from deltakd.recipe.pipeline import launch_command, launch_environment
 from deltakd.recipe.schema import Recipe
 
 LOG, WALL = "log.txt", "wall.json"
@@ -144,13 +143,13 @@ def _fill(queue: _Queue, jobs: int, console: Console) -> None:
 def _begin(training: Training, slot: int, devices: Sequence[str]) -> _Life:
     path = training.directory.path
     path.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "deltakd", "train", training.name, *training.overrides]
-    # Launches beside each other need a port each, and processors or accelerators of their own.
-    environment = launch_environment() | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(_free_port())}
-    if devices:  # of which the launcher starts one process
+    environment = launch_environment() | {"OMP_NUM_THREADS": "1"}
+    count: int | None = 1
+    if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]
-    else:
-        command += ["--processes", "1"]
+        if training.recipe.engine.name == "deepspeed":  # told a number, it takes the machine's first devices
+            count = None
+    command = launch_command(training.recipe, training.name, training.overrides, None, count, _free_port())
     with (path / LOG).open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment

@@ -19,7 +19,7 @@ from deltakd.recipe.marks import plain, read_value
 
 SWEEPS = "sweeps"  # folder under root
 SEED = "seed"
-SET_HERE = ("run", "pipeline", "root")
+SET_HERE = ("run", "root", "pipeline")
 # Points whose rows or answers differ cannot be held against each other.
 MEASURE = ("evaluation", "data.validation")
 LONGEST = 40  # letters of a value in a folder's name
@@ -104,7 +104,7 @@ def _apart(words: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
             raise RunError(f"{key}: given twice. Write its values once, separated by commas.")
         seen.add(key)
         parts = split_values(text)
-        if key in SET_HERE[:2] or (len(parts) > 1 and key in SET_HERE):
+        if key == "run" or (len(parts) > 1 and key in SET_HERE):
             raise RunError(f"{word}: a sweep sets {key} itself. Leave it out; there are --name and one root=FOLDER.")
         if len(parts) == 1:
             fixed.append(word)

@@ -55,11 +55,12 @@ def share(grid: Grid, may_cache: bool = True) -> Sharing:
     prepared = {point.label: _with(grid, point, *_cached(grid, point)) for point in asking if _can_be_cached(point)}
     representatives = _representatives(list(prepared.values()))
     if reason := _cannot(grid, asking, representatives):
-        return Sharing(points, frozenset(finished), [], f"references: {_source(asking)}, not shared: {reason}")
+        why = f"references: {_source(asking)}, not shared: {reason}"
+        return Sharing(points, frozenset(finished), [], why)
     num_batches = len({_batches(point.loaded.recipe) for point in prepared.values()})
     why = (
-        f"references: from one cache; {len(asking)} points share {num_batches} sets of batches, about each of which the "
-        "frozen models are asked once"
+        f"references: from one cache; {len(asking)} points share {num_batches} sets of batches, about each of which "
+        "the frozen models are asked once"
     )
     points = [prepared.get(point.label, point) for point in points]
     return Sharing(points, frozenset(finished), [point.loaded for point in representatives], why)

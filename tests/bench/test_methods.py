@@ -12,7 +12,7 @@ from deltakd.base.errors import DataError, RunError
 from deltakd.bench.method_plan import Base, default_methods, plan, read_method
 from deltakd.bench.method_table import Measured, markdown, summarise
 from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, KL_TO_TEACHER, ModelScores
-from deltakd.recipe import trainings
+from deltakd.recipe import pipeline
 from deltakd.recipe.load import load_recipe
 from deltakd.recipe.stages import stages_behind
 
@@ -160,7 +160,7 @@ def test_the_command_trains_scores_and_writes_and_does_nothing_twice(command, ca
     table = (folder / "out.md").read_text()
     assert "| sft | " in table and "| delta | " in table and table in capsys.readouterr().out
 
-    monkeypatch.setattr(trainings.sys, "executable", "/bin/false")  # nothing can be started now
+    monkeypatch.setattr(pipeline.sys, "executable", "/bin/false")  # nothing can be started now
     assert main([*words, "--seeds=3"]) == 0
     assert (folder / "out.md").read_text().splitlines()[4:] == table.splitlines()[4:]
     capsys.readouterr()

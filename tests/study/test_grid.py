@@ -36,7 +36,7 @@ def test_commas_at_top_level_separate_and_those_inside_do_not(text, parts):
 
 
 def test_every_combination_is_a_recipe_in_a_folder_that_names_its_values():
-    words = [f"{ALPHA}=0,0.5", "seed=3,4", "train.steps=7", "objective.divergence=forward_kl,{name: jsd, beta: 0.3}"]
+    words = [f"{ALPHA}=0,0.5", "seed=3,4", "train.steps=70", "objective.divergence=forward_kl,{name: jsd, beta: 0.3}"]
     grid = read_grid("quickstart", words)
     assert grid.name == "alpha_divergence" and list(grid.keys) == [ALPHA, "seed", "objective.divergence"]
     assert len(grid.points) == 8 and len({point.label for point in grid.points}) == 8
@@ -44,7 +44,7 @@ def test_every_combination_is_a_recipe_in_a_folder_that_names_its_values():
     recipe = point.loaded.recipe
     assert point.values == {ALPHA: 0, "seed": 4, "objective.divergence": {"name": "jsd", "beta": 0.3}}
     assert (recipe.objective.target.alpha, recipe.seed, recipe.objective.divergence.beta) == (0, 4, 0.3)
-    assert recipe.train.steps == 7 and point.label.startswith("alpha=0,seed=4,divergence=name_jsd_beta_0.3_")
+    assert recipe.train.steps == 70 and point.label.startswith("alpha=0,seed=4,divergence=name_jsd_beta_0.3_")
     assert recipe.directory == f"runs/quickstart/sweeps/alpha_divergence/{point.label}"
     # The same command with one more value leaves the folders of the others as they are.
     more = read_grid("quickstart", [words[0] + ",1", *words[1:]])
@@ -83,7 +83,7 @@ def test_a_run_s_folder_never_lies_outside_its_root(run):
             "--baseline: beta=1 names no setting of this sweep. Write some of alpha",
         ),
         ([f"{ALPHA}=0,1", "--baseline=alpha=2"], "has no such value here. Write one of 0, 1."),
-        (["seed=1,2", "data.validation=null"], "data.validation: missing, and a sweep scores"),
+        (["seed=1,2", "data.validation=null", "pipeline=[]"], "data.validation: missing, and a sweep scores"),
     ],
 )
 def test_what_is_no_sweep_is_one_sentence_before_anything_runs(words, said, capsys):
