@@ -52,17 +52,19 @@ def share(grid: Grid, may_cache: bool = True) -> Sharing:
         return Sharing(points, frozenset(finished), [], f"references: {why}")
     if not may_cache:
         return Sharing(points, frozenset(finished), [], f"references: {_source(asking)}, each task its own")
-    prepared = {point.label: _with(grid, point, *_cached(grid, point)) for point in asking if _can_be_cached(point)}
-    representatives = _representatives(list(prepared.values()))
-    if reason := _cannot(grid, asking, representatives):
+    # Whether there is something to share is a question to the whole grid: the last point that is left reads it as well.
+    all_asking = [point for point in points if needed_references(point.loaded.recipe.objective)]
+    prepared = {point.label: _with(grid, point, *_cached(grid, point)) for point in all_asking if _can_be_cached(point)}
+    if reason := _cannot(grid, all_asking, _representatives(list(prepared.values()))):
         why = f"references: {_source(asking)}, not shared: {reason}"
         return Sharing(points, frozenset(finished), [], why)
     num_batches = len({_batches(point.loaded.recipe) for point in prepared.values()})
     why = (
-        f"references: from one cache; {len(asking)} points share {num_batches} sets of batches, about each of which "
+        f"references: from one cache; {len(all_asking)} points share {num_batches} sets of batches, about each of which "
         "the frozen models are asked once"
     )
-    points = [prepared.get(point.label, point) for point in points]
+    points = [point if point.label in finished else prepared.get(point.label, point) for point in points]
+    representatives = _representatives([prepared[point.label] for point in asking])
     return Sharing(points, frozenset(finished), [point.loaded for point in representatives], why)
 
 
@@ -87,9 +89,11 @@ def _cannot(grid: Grid, asking: Sequence[Point], representatives: Sequence[Point
         return "the student writes its own batches"
     batches = {_batches(point.loaded.recipe) for point in representatives}
     if len(batches) == len(asking):
-        apart = "the payload holds the target, whose alpha each point sets" if len(asking) > 1 else "one point is left"
+        if len(asking) == 1:
+            return "one point alone asks"
         is_hidden = representatives[0].loaded.recipe.references.payload in ("hidden", "logits")
-        return "no two points have the same batches" if is_hidden and len(asking) > 1 else apart
+        apart = "the payload holds the target, whose alpha each point sets"
+        return "no two points have the same batches" if is_hidden else apart
     return None
 
 

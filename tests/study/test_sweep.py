@@ -11,6 +11,8 @@ import pytest
 
 from deltakd.__main__ import main
 from deltakd.recipe import pipeline
+from deltakd.study.grid import read_grid
+from deltakd.study.sharing import share
 from tests.run.running import curve, wait_until
 
 STEPS = 30
@@ -107,6 +109,16 @@ def test_the_frozen_models_speak_once_and_what_they_said_serves_all_points(swept
     # The numbers are those of asking a teacher, bit for bit.
     alone = ["objective.target.alpha=0.5", "seed=2", "references.from=in_process", f"train.steps={STEPS}"]
     assert curve(lab.train("as_swept", *alone)) == curve(one.lines(POINTS[3], "steps.jsonl"))
+
+
+def test_what_is_left_of_a_sweep_reads_the_cache_that_the_others_have_read(swept, lab):
+    """Also where no two of the points that are left have the same batches."""
+    one, _ = swept
+    words = [word.replace("alpha=0,0.5", "alpha=0,0.5,1") for word in one.words[2:] if not word.startswith("--")]
+    left = share(read_grid(str(lab.recipe), words, "tried"))
+    waiting = [point for point in left.points if point.label not in left.finished]
+    assert [point.label for point in waiting] == ["alpha=1,seed=1", "alpha=1,seed=2"] and len(left.to_cache) == 2
+    assert {point.loaded.recipe.references.source for point in waiting} == {"cache"}
 
 
 def test_every_point_is_scored_and_nothing_is_done_twice(swept, capsys, monkeypatch):
