@@ -52,7 +52,7 @@ def share(grid: Grid, may_cache: bool = True) -> Sharing:
         return Sharing(points, frozenset(finished), [], f"references: {why}")
     if not may_cache:
         return Sharing(points, frozenset(finished), [], f"references: {_source(asking)}, each task its own")
-    # Whether there is something to share is a question to the whole grid: the last point that is left reads it as well.
+    # Whether there is something to share is a question to the whole grid: the last point left reads it as well.
     all_asking = [point for point in points if needed_references(point.loaded.recipe.objective)]
     prepared = {point.label: _with(grid, point, *_cached(grid, point)) for point in all_asking if _can_be_cached(point)}
     if reason := _cannot(grid, all_asking, _representatives(list(prepared.values()))):
@@ -60,8 +60,8 @@ def share(grid: Grid, may_cache: bool = True) -> Sharing:
         return Sharing(points, frozenset(finished), [], why)
     num_batches = len({_batches(point.loaded.recipe) for point in prepared.values()})
     why = (
-        f"references: from one cache; {len(all_asking)} points share {num_batches} sets of batches, about each of which "
-        "the frozen models are asked once"
+        f"references: from one cache; {len(all_asking)} points share {num_batches} sets of batches, about each of "
+        "which the frozen models are asked once"
     )
     points = [point if point.label in finished else prepared.get(point.label, point) for point in points]
     representatives = _representatives([prepared[point.label] for point in asking])
