@@ -9,7 +9,7 @@ import pytest
 from deltakd.base.errors import RunError
 from deltakd.report.build import gather
 from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
-from deltakd.report.examples import answers_of
+from deltakd.report.examples import answers_of, examples
 from deltakd.report.find import find
 from deltakd.report.gaps import gaps
 from deltakd.report.lines import read_columns
