@@ -13,6 +13,7 @@ from deltakd.base.errors import DeltaKDError, PeerLost
 from deltakd.base.processes import end_with_launchers
 from deltakd.base.supervisor import PULSE
 from deltakd.bench.command import add_bench, run_bench
+from deltakd.plan.command import add_plan, run_plan
 from deltakd.report.command import add_report, run_report
 from deltakd.study.command import VERBS, add_study, run_study
 
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
     from deltakd.recipe.supervise import Post
 
 SILENCE_S = 4.0
+VERBS_ELSEWHERE = {"bench": run_bench, "plan": run_plan, "report": run_report, **dict.fromkeys(VERBS, run_study)}
 
 EPILOG = """\
 A recipe is a name from recipes/ or a path. Any setting can be overridden: `train.steps=100 data.max_tokens=512`.
 
   python -m deltakd check ultrachat                      print the resolved recipe, or what is wrong with it
+  python -m deltakd plan ultrachat --gpus 8xH100         what it takes: memory, time, students and teachers
   python -m deltakd run quickstart                       every stage: raw models, teacher, three students, one table
   python -m deltakd train quickstart --stage forward_kl  one training stage, with the launcher that fits this machine
   python -m deltakd evaluate quickstart --model delta    any models in one table, by one of two protocols
@@ -52,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
 
     check = verb("check", "print the resolved recipe, or say what is wrong with it")
     check.add_argument("--stage", help="the recipe as this stage of its pipeline runs it")
+    add_plan(verb)
     run = verb("run", "run every stage of the recipe's pipeline that is not finished")
     run.add_argument("--stage", help="this stage alone")
     run.add_argument(
@@ -198,12 +202,8 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         check_every_stage(options.recipe, options.overrides)
         print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
-    elif options.verb == "bench":
-        run_bench(options)
-    elif options.verb == "report":
-        run_report(options)
-    elif options.verb in VERBS:
-        run_study(options)
+    elif options.verb in VERBS_ELSEWHERE:
+        VERBS_ELSEWHERE[options.verb](options)
     elif options.verb == "watch":
         from deltakd.recipe.watch import watch
 

@@ -23,6 +23,7 @@ LAYERS = {
     "bench": 6,
     "report": 6,
     "study": 6,
+    "plan": 6,
     "__main__": 7,
     "launchers": 8,
 }

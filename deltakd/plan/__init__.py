@@ -1,0 +1,1 @@
+"""What a training will take, by arithmetic, before any accelerator is booked. Imports no torch."""

@@ -1,0 +1,51 @@
+"""The verb `plan` of the command line."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+SUPERVISED = 0.6
+
+
+def add_plan(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
+    """Add the verb and its options."""
+    command = verb("plan", "say what a training will take of some hardware: memory, time, the split, what binds")
+    command.add_argument("--stage", help="a stage of the recipe's pipeline")
+    command.add_argument("--gpus", metavar="8xH100", help="a node's accelerators; default: what this machine has")
+    command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of them; default: 1")
+    command.add_argument(
+        "--hardware", metavar="FILE", help="other accelerators, as deltakd/plan/hardware.yaml has them"
+    )
+    command.add_argument(
+        "--supervised", type=float, default=SUPERVISED, metavar="SHARE", help="of the tokens; default: 0.6"
+    )
+    command.add_argument(
+        "--document", type=int, metavar="TOKENS", help="of a document, for attention; default: data.max_tokens"
+    )
+    command.add_argument("--json", metavar="FILE", help="write everything as JSON as well")
+
+
+def run_plan(options: argparse.Namespace) -> None:
+    """Plan, print the tables, write JSON where it was asked for."""
+    from deltakd.base.errors import RunError
+    from deltakd.base.files import write_text
+    from deltakd.plan.plan import plan
+    from deltakd.plan.show import show
+
+    planned = plan(
+        options.recipe,
+        options.overrides,
+        options.stage,
+        options.gpus,
+        options.nodes,
+        options.hardware,
+        options.supervised,
+        options.document,
+    )
+    show(planned)
+    if options.json is not None:
+        try:
+            write_text(Path(options.json), json.dumps(planned.report(), indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"--json: {options.json} cannot be written ({error.strerror}). Write a path.") from error
