@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
 
-from deltakd.plan.facts import Run
+from deltakd.plan.facts import APART, Run
 from deltakd.plan.split import Cluster, Split, fastest, splits
 
 _WORTH = 0.03  # of a step
@@ -24,7 +24,7 @@ class Change:
 def advise(run: Run, cluster: Cluster, best: Split) -> list[Change]:
     """Return the changes that save most of a step, the best first. None of them changes what is learnt."""
     found = []
-    for setting, other, note in _changes(run):
+    for setting, other, note in _changes(run, cluster):
         split = fastest(splits(other, cluster))
         if split is not None and split.step_s < best.step_s * (1 - _WORTH):
             found.append(Change(_with_split(setting, split, best), split.step_s, note))
@@ -32,11 +32,24 @@ def advise(run: Run, cluster: Cluster, best: Split) -> list[Change]:
 
 
 def would_fit(run: Run, cluster: Cluster) -> Change | None:
-    """Return the fastest change under which a run fits that does not."""
+    """Return the fastest change under which a run fits that does not, or the fastest pair of changes."""
+    # A cache is no way out: the same models must fit to write it.
+    first = [change for change in _changes(run, cluster) if not change[0].startswith("references")]
+    if found := _fitting(first, cluster):
+        return found
+    pairs = [
+        (f"{setting} {second}", other, note)
+        for setting, changed, _ in first
+        for second, other, note in _changes(changed, cluster)
+        if not second.startswith("references")
+    ]
+    return _fitting(pairs, cluster)
+
+
+def _fitting(changes: list[tuple[str, Run, str]], cluster: Cluster) -> Change | None:
     found = []
-    for setting, other, note in _changes(run):
-        split = fastest(splits(other, cluster))
-        if split is not None:
+    for setting, other, note in changes:
+        if split := fastest(splits(other, cluster)):
             found.append(Change(_with_split(setting, split, None), split.step_s, note))
     return min(found, key=lambda change: change.step_s, default=None)
 
@@ -47,7 +60,7 @@ def _with_split(setting: str, split: Split, best: Split | None) -> str:
     return setting
 
 
-def _changes(run: Run) -> Iterator[tuple[str, Run, str]]:
+def _changes(run: Run, cluster: Cluster) -> Iterator[tuple[str, Run, str]]:
     """Yield settings that change memory and time, and not the numbers that are learnt beyond rounding."""
     recipe, train, engine = run.recipe, run.recipe.train, run.recipe.engine
     for given in (True, False):
@@ -75,9 +88,20 @@ def _changes(run: Run) -> Iterator[tuple[str, Run, str]]:
             size = sum(run.payload_bytes(run.payload, 64)) / 64 * run.supervised * train.tokens_per_step * train.steps
             note = f"written once before, {size / 1e9:,.0f} GB on the disk"
             yield "references.from=cache", _changed(run, references={"source": "cache"}), note
-        for shards in (1, 2, 4, 8):
-            if shards != recipe.teachers.tensor_parallel and _splittable(run, shards):
-                yield f"teachers.tensor_parallel={shards}", _changed(run, teachers={"tensor_parallel": shards}), ""
+        yield from _other_teachers(run, cluster)
+
+
+def _other_teachers(run: Run, cluster: Cluster) -> Iterator[tuple[str, Run, str]]:
+    """Yield other ways to lay frozen models over a node's teachers, where there are several accelerators."""
+    teachers, names = run.recipe.teachers, sorted(run.frozen)
+    for shards in (1, 2, 4, 8) if cluster.per_node > 1 else ():
+        if shards != teachers.tensor_parallel and _splittable(run, shards):
+            yield f"teachers.tensor_parallel={shards}", _changed(run, teachers={"tensor_parallel": shards}), ""
+    if teachers.serves is None and run.payload in APART and 1 < len(names) < cluster.per_node:
+        one_each = {"serves": [[name] for name in names], "per_node": len(names), "tensor_parallel": 1}
+        setting = f"'teachers.serves=[{', '.join(f'[{name}]' for name in names)}]'"
+        setting += " teachers.tensor_parallel=1" if teachers.tensor_parallel > 1 else ""
+        yield setting, _changed(run, teachers=one_each), "each model on a teacher of its own"
 
 
 def _splittable(run: Run, shards: int) -> bool:

@@ -1,7 +1,6 @@
 """The verb `plan` of the command line."""
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ def add_plan(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
 def run_plan(options: argparse.Namespace) -> None:
     """Plan, print the tables, write JSON where it was asked for."""
     from deltakd.base.errors import RunError
-    from deltakd.base.files import write_text
+    from deltakd.base.files import write_json
     from deltakd.plan.plan import plan
     from deltakd.plan.show import show
 
@@ -46,6 +45,6 @@ def run_plan(options: argparse.Namespace) -> None:
     show(planned)
     if options.json is not None:
         try:
-            write_text(Path(options.json), json.dumps(planned.report(), indent=1) + "\n")
+            write_json(Path(options.json), planned.report())
         except OSError as error:
             raise RunError(f"--json: {options.json} cannot be written ({error.strerror}). Write a path.") from error

@@ -16,6 +16,7 @@ from deltakd.recipe.load import load
 from deltakd.recipe.schema import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+APART = ("hidden", "logits")  # one payload for each model
 KINDS = ("hidden", "logits", "target", "top_k", "sampled")
 _ALIGN, _PAGE = 64, 4096  # where an array of a slot may start, and a slot
 _DEPTH = 8  # stages that one model may come through
@@ -106,7 +107,7 @@ class Run:
 
     def allows(self, kind: str) -> str | None:
         """Say why a payload of this kind cannot be had in this run; None if it can."""
-        if kind in ("hidden", "logits"):
+        if kind in APART:
             return None
         if reason := must_stay_apart(self.recipe.objective):
             return reason

@@ -42,24 +42,27 @@ class Memory:
         return Memory(self.device | named, self.host | {f"teacher's {name}": s for name, s in other.host.items()})
 
 
-def layer_activations(shape: Architecture, w: int, attention: str, document: int) -> float:
-    """Return the bytes a token that one layer keeps for its backward pass.
+def layer_activations(shape: Architecture, w: int, attention: str, tokens: int) -> float:
+    """Return the bytes a token that one layer keeps for its backward pass, in a row of so many tokens.
 
     A norm keeps its input in float32, its normalised input and its output; attention its rotated queries and keys, the
     values, and its output twice (documents are put side by side again); the feed-forward part four intermediate widths.
+    Eager attention keeps scores of the whole row.
     """
     h, q, kv, i = shape.hidden_size, shape.q, shape.kv, shape.intermediate_size
-    norms = shape.norms_per_layer * h * (4 + 2 * w)
-    scores = 0.0
-    if attention == "eager":  # raw and masked scores, the softmax in float32 and in the forward pass's precision
-        scores = shape.num_heads * min(document, shape.window or document) * (4 + 2 * w)
-    return norms + w * (q + 2 * kv) + 2 * w * q + 4 * shape.num_heads + scores + 4 * w * i
+    norms = shape.norms_per_layer * (h * (4 + 2 * w) + 4)
+    if shape.norms_per_layer == 4:  # Gemma's norms compute in float32 throughout; two of their outputs are only added
+        norms = 4 * (8 * h + 4) + 2 * h * w
+    if attention == "eager":
+        capped = 2 if shape.norms_per_layer == 4 else 1  # scores, once more where tanh caps them
+        return norms + 4 * w * q + 4 * w * i + shape.num_heads * tokens * (capped * w + (4 if w == 2 else 0))
+    return norms + w * (q + 2 * kv) + 2 * w * q + 4 * shape.num_heads + 4 * w * i
 
 
 def activations(run: Run, tokens: int) -> float:
     """Return what the student keeps between forward and backward, and what the backward pass itself takes."""
     shape, w, models = run.student, run.width, run.recipe.models
-    layer = tokens * layer_activations(shape, w, models.attention, run.document)
+    layer = tokens * layer_activations(shape, w, models.attention, tokens)
     passing = tokens * w * (2 * shape.intermediate_size + 2 * shape.hidden_size)  # gradients on their way
     if models.lora is not None:  # an input of each adapter's second matrix
         layer += tokens * w * models.lora.rank * len(shape.linear)
@@ -129,7 +132,7 @@ def update_bytes(run: Run, num_students: int, hardware: Hardware) -> float:
 
 def student_memory(run: Run, num_students: int, hardware: Hardware) -> Memory:
     """Return what a student rank holds."""
-    tokens, _ = run.micro_batch(num_students)
+    tokens, micro_batches = run.micro_batch(num_students)
     supervised = int(tokens * run.supervised)
     state, host = optimizer_state(run, num_students), {}
     offload = getattr(run.recipe.engine, "offload", "none")
@@ -141,12 +144,16 @@ def student_memory(run: Run, num_students: int, hardware: Hardware) -> Memory:
         "loss": loss_buffers(run, supervised, hardware),
         "gathered": gathered(run, num_students, hardware),
     }
+    # Gradients of a step's only micro-batch come as its activations go; ZeRO-3 allocates their place once for all.
+    comes_late = micro_batches == 1 and getattr(run.recipe.engine, "zero_stage", 0) != 3
+    late = state.pop("gradients", 0.0) if comes_late else 0.0
     each = 0 if hardware.is_cpu or not run.frozen else sum(run.payload_bytes(run.payload, supervised))
     device = {"context": hardware.context_gib * GIB} | state | passing
     device["frozen heads"] = run.vocab_size * sum(run.heads) * run.width
     device["payloads"] = each
     device["rollouts' copy"] = writing_bytes(run)
-    device["update"] = max(0.0, update_bytes(run, num_students, hardware) - sum(passing.values()))
+    update = late + update_bytes(run, num_students, hardware)
+    device["update, beyond these"] = max(0.0, update - sum(passing.values()))
     if run.frozen and run.recipe.references.source == "in_process":
         device |= {f"frozen {name}": size for name, size in frozen_bytes(run, list(run.frozen), tokens).items()}
     if run.asks_service:

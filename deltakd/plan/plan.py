@@ -7,7 +7,7 @@ documents are, is assumed and said.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 from deltakd.base.errors import RunError
@@ -97,8 +97,11 @@ def plan(
     check_recipe(recipe, loaded.where)
     hardware, count = choose_hardware(gpus, hardware_file)
     run = read_run(name, overrides, recipe, loaded.where, supervised, document)
+    _refuse_unsplittable(run, loaded.where("teachers.tensor_parallel"))
     cluster = Cluster(hardware, count, nodes)
     found = splits(run, cluster)
+    if not found:
+        raise RunError(_too_few(run, cluster, loaded.where("teachers")))
     best = fastest(found)
     if best is None:
         raise RunError(_refusal(run, cluster, found, loaded.where("train")))
@@ -112,6 +115,26 @@ def plan(
         traffic(run, num_students, best.students, hardware),
         advise(run, cluster, best),
         _notes(run, cluster, best, num_students),
+    )
+
+
+def _refuse_unsplittable(run: Run, where: str) -> None:
+    """Raise RunError where the run itself would: heads that do not split over so many processes."""
+    shards = run.recipe.teachers.tensor_parallel if run.asks_service else 1
+    for one in run.frozen.values():
+        if gcd(one.shape.num_heads, one.shape.num_kv_heads) % shards:
+            raise RunError(
+                f"{where}: the {one.shape.num_heads} attention heads and {one.shape.num_kv_heads} key-value heads of "
+                f"{one.shape.name} do not split over {shards} processes. Write a number that divides both."
+            )
+
+
+def _too_few(run: Run, cluster: Cluster, where: str) -> str:
+    teachers = run.recipe.teachers
+    least = teachers.per_node if teachers.serves is not None else teachers.tensor_parallel
+    return (
+        f"{where}: teachers of {least} processes leave none of a node's {cluster.per_node} accelerators to train. "
+        f"Plan with --gpus of {least + 1} or more, or let fewer serve."
     )
 
 
@@ -129,6 +152,8 @@ def _notes(run: Run, cluster: Cluster, best: Split, num_students: int) -> list[s
     """Say what a reader should know before believing the numbers."""
     recipe, notes = run.recipe, []
     tokens, micro_batches = run.micro_batch(num_students)
+    if best.is_beside and recipe.teachers.tensor_parallel > 1:
+        notes.append("teachers.tensor_parallel is no gain beside a student: all parts are on its device")
     if best.teachers and best.teachers != recipe.teachers.per_node:
         said = next((s for s in splits(run, cluster) if s.teachers == recipe.teachers.per_node), None)
         of = "does not fit" if said is None or said.lacking else f"takes {said.step_s:.3g} s a step"

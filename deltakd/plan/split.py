@@ -7,7 +7,6 @@ validation, checkpoints and the start are left out (docs/scaling.md simulates th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltakd.base.errors import RunError
 from deltakd.plan.facts import Run
 from deltakd.plan.hardware import GB, GIB, Hardware
 from deltakd.plan.memory import Memory, student_memory, teacher_memory
@@ -51,7 +50,7 @@ class Split:
 
 
 def splits(run: Run, cluster: Cluster) -> list[Split]:
-    """Return all splits of a node that the settings allow, whether or not they fit."""
+    """Return all splits of a node that the settings allow, whether or not they fit; none if it is too small for any."""
     count, shards = cluster.per_node, run.recipe.teachers.tensor_parallel
     if run.recipe.engine.name == "single":
         return [_split(run, cluster, 1, 0)]
@@ -62,13 +61,7 @@ def splits(run: Run, cluster: Cluster) -> list[Split]:
     numbers = range(shards, count, shards)
     if run.recipe.teachers.serves is not None:  # a list for each teacher: their number is the recipe's
         numbers = range(run.recipe.teachers.per_node, min(count, run.recipe.teachers.per_node + 1))
-    found = [_split(run, cluster, count - number, number) for number in numbers]
-    if not found:
-        raise RunError(
-            f"teachers.per_node: {run.recipe.teachers.per_node} in teachers of {shards} processes each leave none of a "
-            f"node's {count} accelerators to train. Write smaller numbers, or --gpus of more."
-        )
-    return found
+    return [_split(run, cluster, count - number, number) for number in numbers]
 
 
 def fastest(found: Sequence[Split]) -> Split | None:
@@ -140,7 +133,8 @@ def _answers_s(run: Run, done: Work, cluster: Cluster, students: int, teachers: 
     """Return the seconds that a node's busiest teacher takes for one micro-batch of every student of its node."""
     if not run.asks_service:
         return 0.0
-    hardware, shards = cluster.hardware, run.recipe.teachers.tensor_parallel
+    # Beside a student all processes of a teacher are on its device: none of them is a gain.
+    hardware, shards = cluster.hardware, run.recipe.teachers.tensor_parallel if teachers else 1
     ranks = max(1, teachers // shards)
     sent = done.payload_bytes / (hardware.pcie_gbs * GB)
     each = {role: _answer_s(run, done, role, hardware, shards) for role in run.frozen}

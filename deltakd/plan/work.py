@@ -29,10 +29,13 @@ class Work:
     gather_bytes: float  # received from other ranks
 
 
-def attention_flops(shape: Architecture, tokens: int, document: int) -> float:
-    """Return the operations of attention forward: scores and sums, half of them masked away."""
+def attention_flops(shape: Architecture, tokens: int, document: int, attention: str = "auto") -> float:
+    """Return the operations of attention forward: scores and sums, half of them masked away.
+
+    Eager attention computes all scores of the row, also between documents, and masks them afterwards.
+    """
     seen = min(document, 2 * shape.window) if shape.window else document  # half of it, on average
-    return 2.0 * shape.num_layers * tokens * seen * shape.q
+    return 2.0 * shape.num_layers * tokens * (2 * tokens if attention == "eager" else seen) * shape.q
 
 
 def student_flops(run: Run, tokens: int) -> float:
@@ -42,7 +45,7 @@ def student_flops(run: Run, tokens: int) -> float:
     again = 1 if run.recipe.train.gradient_checkpointing else 0
     backbone = 2.0 * shape.backbone_matrices * tokens * (2 + again + (0 if adapters else 1))
     backbone += 6.0 * run.trained * tokens if adapters else 0.0
-    attention = attention_flops(shape, tokens, run.document) * (3 + again)
+    attention = attention_flops(shape, tokens, run.document, run.recipe.models.attention) * (3 + again)
     head = 2.0 * shape.hidden_size * run.vocab_size * supervised * (2 if adapters else 3)
     return backbone + attention + head + 2.0 * run.vocab_size * supervised * sum(run.heads)
 
@@ -50,7 +53,8 @@ def student_flops(run: Run, tokens: int) -> float:
 def frozen_flops(run: Run, one: Frozen, tokens: int) -> float:
     """Return the operations of a frozen model's answer; its head is multiplied where the payload is of its logits."""
     head = 0.0 if run.payload == "hidden" else 2.0 * one.shape.hidden_size * run.vocab_size * tokens * run.supervised
-    return 2.0 * one.shape.backbone_matrices * tokens + attention_flops(one.shape, tokens, run.document) + head
+    attention = attention_flops(one.shape, tokens, run.document, run.recipe.models.attention)
+    return 2.0 * one.shape.backbone_matrices * tokens + attention + head
 
 
 def gather_bytes(run: Run, num_students: int) -> float:
@@ -80,7 +84,7 @@ def work(run: Run, num_students: int) -> Work:
     """Count one micro-batch."""
     tokens, _ = run.micro_batch(num_students)
     w, supervised = run.width, int(tokens * run.supervised)
-    kept = layer_activations(run.student, w, run.recipe.models.attention, run.document) * run.student.num_layers
+    kept = layer_activations(run.student, w, run.recipe.models.attention, tokens) * run.student.num_layers
     logits = 4 * 2 * supervised * run.vocab_size  # the loss reads and writes them about four times
     return Work(
         student_flops=student_flops(run, tokens),
