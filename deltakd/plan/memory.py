@@ -117,8 +117,8 @@ def gathered(run: Run, num_students: int, hardware: Hardware) -> float:
 
 def update_bytes(run: Run, num_students: int, hardware: Hardware) -> float:
     """Return what the gradient's norm and the update take beside the state."""
-    engine, own, h = run.recipe.engine, run.trained, run.student.hidden_size
-    largest = run.vocab_size * h if run.recipe.models.lora is None else run.student.intermediate_size * h
+    engine, own, lora = run.recipe.engine, run.trained, run.recipe.models.lora
+    largest = run.student.embedding_parameters if lora is None else lora.rank * run.student.intermediate_size
     share = 1 if engine.name == "single" else num_students
     # The norm squares one gradient in float64; AdamW on a GPU takes one tensor of all, on a CPU of one parameter.
     norm = 16 * min(largest, own / share if engine.name != "deepspeed" or engine.zero_stage == 3 else largest)
@@ -158,6 +158,8 @@ def student_memory(run: Run, num_students: int, hardware: Hardware) -> Memory:
         device |= {f"frozen {name}": size for name, size in frozen_bytes(run, list(run.frozen), tokens).items()}
     if run.asks_service:
         host["arena"] = run.arena_bytes(run.payload)
+    if run.recipe.rollouts.are_written:  # gathered whole on every rank when the copy takes new weights
+        host["weights for the copy"] = run.width * run.student.num_parameters
     return Memory(_some(device), _some(host))
 
 

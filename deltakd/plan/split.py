@@ -38,6 +38,7 @@ class Split:
     memory: dict[str, Memory]
     host_bytes: float  # of a node
     lacking: str | None  # why it does not fit
+    is_starved: bool  # the student waits for its memory, not for its arithmetic
 
     @property
     def binds(self) -> str:
@@ -46,7 +47,9 @@ class Split:
             return "writing"
         if self.teacher_s > max(self.student_s, self.gather_s):
             return "teachers"
-        return "network" if self.gather_s > self.student_s else "student compute"
+        if self.gather_s > self.student_s:
+            return "network"
+        return "device memory's speed" if self.is_starved else "student compute"
 
 
 def splits(run: Run, cluster: Cluster) -> list[Split]:
@@ -104,6 +107,7 @@ def _split(run: Run, cluster: Cluster, students: int, teachers: int) -> Split:
         memory,
         host,
         _lacking(cluster, students, teachers, is_beside, memory, host),
+        done.hbm_bytes / (hardware.hbm_gbs * GB) > done.student_flops / hardware.flops(run.recipe.models.dtype),
     )
 
 

@@ -145,3 +145,30 @@ def test_look_ahead_hides_the_shorter_side():
     assert split.step_s == pytest.approx(ahead.best.student_s + ahead.best.teacher_s + ahead.best.update_s)
     assert ahead.best.step_s == pytest.approx(max(ahead.best.student_s, ahead.best.teacher_s) + ahead.best.update_s)
     assert replace(ahead.best, writing_s=99.0).binds == "writing"
+
+
+def test_each_teacher_holds_what_it_serves_and_8_bit_is_half():
+    serves = "teachers={per_node: 3, serves: [[teacher], [teacher_raw], [student_raw]]}"
+    planned = plan("ultrachat", [serves], gpus="8xH100")
+    weights = {name: part.device["weights"] for name, part in planned.best.memory.items() if name != "student"}
+    assert weights["teacher 0"] == weights["teacher 1"] == pytest.approx(2 * 7.6156e9, rel=1e-3)
+    assert weights["teacher 2"] == pytest.approx(2 * 1.5437e9, rel=1e-3)
+    assert len(planned.found) == 1 and planned.best.teachers == 3
+    # The busiest of three, which serves a 7B model to all five students, sets the pace.
+    alone = plan("ultrachat", [serves, "objective.target={name: teacher}"], gpus="8xH100")
+    assert planned.best.teacher_s == pytest.approx(alone.best.teacher_s, rel=0.01)
+
+    both = [f"models.{role}={{weights: Qwen/Qwen2.5-7B, load_in_8bit: true}}" for role in ("teacher", "teacher_raw")]
+    rounded = plan("ultrachat", [*both, "objective.target={name: teacher}"], gpus="8xH100")
+    head_and_embedding = 2 * 2 * 152_064 * 3584
+    linear = 7_615_616_512 - head_and_embedding // 2
+    assert rounded.best.memory["teacher"].device["weights"] == pytest.approx(linear + head_and_embedding, rel=1e-3)
+
+
+def test_a_student_that_writes_holds_a_copy_and_takes_time_for_it():
+    written = plan("ultrachat", ["rollouts.on_policy_fraction=0.5"], gpus="8xH100")
+    plain = plan("ultrachat", [], gpus="8xH100")
+    assert written.best.memory["student"].device["rollouts' copy"] > 2 * 1_543_714_304
+    assert written.best.writing_s > 0 and written.best.step_s > plain.best.step_s
+    assert not any(change.setting.startswith("references.from=cache") for change in written.changes)
+    assert any(change.setting.startswith("references.from=cache") for change in plain.changes)
