@@ -69,6 +69,7 @@ def measured(recipe: Path, run: str, overrides: list[str], processes: int, folde
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3000)  # nine trainings: four minutes alone, ten on a busy machine
 def test_memory_is_within_a_tenth_of_what_trainings_take(tmp_path):
     data = rows(tmp_path / "rows.jsonl")
     recipe, nothing = (make_pair(pair, data, tmp_path / name) for pair, name in ((MEASURED, "a"), (NOTHING, "b")))
