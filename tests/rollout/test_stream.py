@@ -208,6 +208,10 @@ def test_a_full_buffer_gives_no_answer_twice_to_a_step_other_answers_to_another_
     source = rollouts(refreshed=lambda: times.append(1), settings=settings)
     for batches in islice(source.steps(0), 15):
         steps.append((len(times), documents(batches)))
+    together = [
+        (one, two) for (a, one), (b, two), (c, _) in zip(steps, steps[1:], steps[2:], strict=False) if a == b == c
+    ]
+    assert together and all(one != two for one, two in together)  # of one buffer, each step draws its own
     replayed = [found for (before, _), (count, found) in pairwise(steps) if count == before]
     assert len(replayed) > 3 and all(len(set(found)) == len(found) for found in replayed)
     assert len({tuple(found) for found in replayed}) > 1
