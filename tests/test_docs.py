@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deltakd.__main__ import main, parse, parser
+from deltakd.__main__ import main
+from deltakd.command_line import parse, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import load
 from deltakd.recipe.stages import describe_stages
