@@ -1,6 +1,7 @@
 """The command line: `python -m deltakd VERB`, or `deltakd VERB` where the package is installed."""
 
 import argparse
+import json
 import logging
 import os
 import signal
@@ -34,7 +35,12 @@ def post(options: argparse.Namespace) -> "Post":
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; return the exit code."""
-    options = parse(parser(), arguments)
+    command_line = parser()
+    if "_ARGCOMPLETE" in os.environ:
+        from deltakd.recipe.completing import complete
+
+        complete(command_line)
+    options = parse(command_line, arguments)
     return guarded(lambda: _dispatch(options))
 
 
@@ -50,6 +56,8 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.doctor.lines import Asked
 
         doctor(Asked(options.runs, options.shared_memory, options.port), options.json)
+    elif options.verb in ("schema", "completion"):
+        _dispatch_for_tools(options)
     elif options.verb == "bench":
         run_bench(options)
     elif options.verb == "report":
@@ -91,6 +99,17 @@ def _dispatch(options: argparse.Namespace) -> None:
             pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
         else:
             pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
+
+
+def _dispatch_for_tools(options: argparse.Namespace) -> None:
+    if options.verb == "completion":
+        from deltakd.recipe.completing import script
+
+        print(script(options.shell), end="")
+        return
+    from deltakd.recipe.reference import json_schema, markdown
+
+    print(markdown() if options.markdown else json.dumps(json_schema(), indent=2), end="\n" * (not options.markdown))
 
 
 def _dispatch_for_jobs(options: argparse.Namespace) -> None:

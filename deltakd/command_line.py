@@ -37,6 +37,8 @@ EXAMPLES = {
     "watch": "watch runs/quickstart/delta --once",
     "serve": "serve ultrachat --run runs/ultrachat/delta --device cuda:0",
     "doctor": "doctor --json doctor.json",
+    "schema": "schema > recipe.schema.json",
+    "completion": "completion bash >> ~/.bash_completion",
     "bench": "bench step --steps 8",
     "report": "report runs/quickstart --out report.html",
 }
@@ -108,6 +110,10 @@ def _add_first_verbs(verbs: Any) -> None:
         "--shared-memory", type=Path, default=SHARED_MEMORY, help="where payloads are to lie; default /dev/shm"
     )
     doctor.add_argument("--port", type=int, help="where students are to meet; default MASTER_PORT, or 29500")
+    schema = _add(verbs, "schema", "print the JSON schema of recipes, by which editors complete and check them")
+    schema.add_argument("--markdown", action="store_true", help="print the reference for people: docs/reference.md")
+    completion = _add(verbs, "completion", "print what has a shell complete verbs, recipes and settings")
+    completion.add_argument("shell", choices=["bash", "zsh"])
 
 
 def _add_writing_verbs(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from deltakd.__main__ import main
-from deltakd.command_line import parse, parser
+from deltakd.command_line import EXAMPLES, parse, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import dump_recipe, load
 from deltakd.recipe.stages import describe_stages
@@ -39,7 +39,7 @@ def first_lines(recipe: Path) -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.split(r" >>? ", command)[0], comments=True)
     while "=" in words[0]:
         words = words[1:]
     if words[:3] == [".venv/bin/python", "-m", "deltakd"] or words[:3] == ["python", "-m", "deltakd"]:
@@ -88,6 +88,22 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         describe_stages(words[1], words[words.index("--") + 1 :] if "--" in words else [])
     else:
         pytest.fail(f"{page.name}: no test knows how to try `{command}`")
+
+
+@pytest.mark.parametrize("verb", sorted(EXAMPLES))
+def test_the_help_of_every_verb_ends_with_an_example_that_works(verb, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"Example:\n  python -m deltakd {EXAMPLES[verb]}\n")
+    options = parse(parser(), words_of(f"python -m deltakd {EXAMPLES[verb]}")[1:])
+    if hasattr(options, "recipe"):
+        load(options.recipe, options.overrides, options.stage if verb in ("train", "outcome") else None)
+
+
+def test_no_verb_of_a_user_s_is_without_an_example():
+    (verbs,) = (action for action in parser()._actions if action.dest == "verb")
+    assert set(verbs.choices) - {"shard"} == set(EXAMPLES)
 
 
 def test_the_docs_show_commands():
