@@ -66,21 +66,8 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.watch import watch
 
         watch(options.directory, options.once)
-    elif options.verb == "cache":
-        from deltakd.recipe.caching import cache
-
-        cache(options.recipe, options.overrides, options.stage, options.students)
-    elif options.verb == "generate":
-        from deltakd.recipe.generating import run
-
-        run(options.recipe, options.overrides, options.stage, options.model, options.processes, options.shard)
-    elif options.verb == "evaluate":
-        from deltakd.recipe import evaluating
-
-        asked = {name: getattr(options, name) for name in ("protocol", "name", "baseline", "teacher", "shard")}
-        asked |= {"to_target": options.target, "num_processes": options.processes}
-        typed = evaluating.Request(options.recipe, options.model, options.overrides, **asked)
-        evaluating.run(typed)
+    elif options.verb in ("cache", "generate", "evaluate"):
+        _dispatch_for_models(options)
     elif options.verb in ("compare", "outcome", "stages", "tidy"):
         _dispatch_for_jobs(options)
     elif options.verb == "serve":
@@ -99,6 +86,24 @@ def _dispatch(options: argparse.Namespace) -> None:
             pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
         else:
             pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
+
+
+def _dispatch_for_models(options: argparse.Namespace) -> None:
+    if options.verb == "cache":
+        from deltakd.recipe.caching import cache
+
+        cache(options.recipe, options.overrides, options.stage, options.students)
+    elif options.verb == "generate":
+        from deltakd.recipe.generating import run
+
+        run(options.recipe, options.overrides, options.stage, options.model, options.processes, options.shard)
+    elif options.verb == "evaluate":
+        from deltakd.recipe import evaluating
+
+        asked = {name: getattr(options, name) for name in ("protocol", "name", "baseline", "teacher", "shard")}
+        asked |= {"to_target": options.target, "num_processes": options.processes}
+        typed = evaluating.Request(options.recipe, options.model, options.overrides, **asked)
+        evaluating.run(typed)
 
 
 def _dispatch_for_tools(options: argparse.Namespace) -> None:

@@ -95,7 +95,8 @@ def _meeting(asked: Asked) -> Line:
     fault = _fault_of("", port)
     if fault is None:
         return ok("ports", f"{port}, where students meet, is free")
-    said, todo = f"{port}, where students would meet, is taken: {fault}", f"Launch with --master_port {port + 1}"
+    who = _listener(port) or fault
+    said, todo = f"{port}, where students would meet, is taken: {who}", f"Launch with --master_port {port + 1}"
     return error("ports", said, todo) if chosen else warning("ports", said, todo)
 
 
@@ -106,7 +107,7 @@ def _fault_of(host: str, port: int) -> str | None:
             probe.bind((host, port))
             probe.listen(1)
         except OSError as fault:
-            return _listener(port) or str(fault.strerror)
+            return str(fault.strerror)
     return None
 
 

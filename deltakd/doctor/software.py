@@ -27,8 +27,6 @@ def python(asked: Asked) -> list[Line]:
     said = f"{sys.version.split()[0]} in {sys.prefix}"
     if sys.version_info[:2] < OLDEST:
         return [error("python", said, "Make the environment with Python 3.11 or newer: make install PYTHON=python3.11")]
-    if not sysconfig.get_config_var("INCLUDEPY") or not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return [ok("python", f"{said} (without headers: nothing in C++ can be built)")]
     return [ok("python", said)]
 
 
@@ -123,8 +121,9 @@ def deepspeed_ops(asked: Asked) -> list[Line]:
         return [ok("deepspeed", f"deepspeed_shm_comm is compiled in {extension_folder()}")]
     compiler = os.environ.get("CXX") or "c++"
     missing = [name for name in (compiler, "ninja") if not _program(name)]
+    missing += [] if Path(sysconfig.get_paths()["include"], "Python.h").is_file() else ["Python.h"]
     if missing:
-        todo = "Install a C++ compiler and ninja, or write engine: {name: fsdp2}"
+        todo = "Install a C++ compiler, ninja and Python's headers, or write engine: {name: fsdp2}"
         said = f"would compile deepspeed_shm_comm, but there is no {' and no '.join(missing)}"
         return [error("deepspeed", said, todo)]
     return [ok("deepspeed", f"the first launch compiles deepspeed_shm_comm with {compiler}: about a minute, once")]

@@ -101,6 +101,7 @@ def solutions(count):
         yield {"n": n, "problem_type": kind, "solution": "x" * (n % 7), "messages": [{"role": "user", "content": "ab"}]}
 
 
+CACHED = list(solutions(30))
 CHOICE = {"where": {"problem_type": ["has_answer_extracted"]}, "max_characters": {"solution": 3}}
 
 
@@ -129,8 +130,7 @@ def stream(tmp_path, monkeypatch):
             yield row
 
     def load_dataset(path, streaming, **_):
-        assert streaming
-        return datasets.IterableDataset.from_generator(rows)
+        return datasets.IterableDataset.from_generator(rows) if streaming else datasets.Dataset.from_list(CACHED)
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
@@ -145,6 +145,11 @@ def test_of_a_hub_s_rows_no_more_are_fetched_than_are_used_and_those_only_once(s
     assert stream == list(range(expected[-1][1] + 1))
     with pytest.raises(DataError, match="org/rows: where names kind, no column of n, problem_type, solution, messages"):
         choosing("org/rows", where={"kind": ["x"]}, num_rows=1)
+
+
+def test_offline_the_first_rows_come_from_the_library_s_own_cache(stream, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert choosing("org/kept", **CHOICE, num_rows=2) == [("org/kept:2", 1), ("org/kept:3", 2)] and stream == []
 
 
 def test_a_hub_that_cannot_be_reached_is_said_within_seconds(monkeypatch):

@@ -16,6 +16,7 @@ from deltakd.doctor import around, examine, gpus, node, software
 from deltakd.doctor.lines import Asked, warning
 
 REPOSITORY = Path(__file__).parents[2]
+PATH = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
 DOCTOR = [sys.executable, "-m", "deltakd", "doctor"]
 
 
@@ -27,7 +28,7 @@ def run(tmp_path: Path, *words: str, before: str = "", **environment: str) -> tu
     """Run the doctor as a user does; returns its exit code, its lines by subject, and what it said on stderr."""
     report = tmp_path / "report.json"
     command = f"{before}{' '.join([*DOCTOR, '--json', str(report), *words])}"
-    given = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY), **environment}
+    given = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": PATH, **environment}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=given, cwd=tmp_path)
     assert report.is_file(), done.stderr
     found: dict[str, list[dict]] = {}
@@ -87,6 +88,16 @@ def test_a_lock_that_a_build_holds_is_no_fault_and_one_that_nobody_holds_is(tmp_
     assert software.build_locks(asked())[0].status == "error"
 
 
+def test_an_op_that_cannot_be_compiled_is_an_error_unless_it_is_there_already(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert software.deepspeed_ops(asked())[0].status == "ok"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "there is no no-such-compiler" in software.deepspeed_ops(asked())[0].text
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm").mkdir(parents=True)
+    (tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "deepspeed_shm_comm.so").touch()
+    assert software.deepspeed_ops(asked())[0].text.startswith("deepspeed_shm_comm is compiled in ")
+
+
 def test_a_tmpfs_that_is_full_is_an_error(tmp_path):
     """A tmpfs of our own, in a namespace where this user may mount one."""
     memory = tmp_path / "shm"
@@ -102,7 +113,7 @@ def test_a_tmpfs_that_is_full_is_an_error(tmp_path):
     )
     shown = f'{sys.executable} -c "$CODE" {memory}'
     script = f"{mount} {shown} && head -c 20M /dev/zero > {memory}/taken && {shown}"
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CODE": code}
+    environment = {**os.environ, "PYTHONPATH": PATH, "CODE": code}
     done = subprocess.run([*enter, script], capture_output=True, text=True, env=environment)
     before, after = done.stdout.splitlines()
     assert before.startswith("ok ") and after.startswith("error ") and "60 MiB free of 80 MiB" in after, done.stderr
