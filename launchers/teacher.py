@@ -15,7 +15,8 @@ stays until they have left.
 import argparse
 import sys
 
-from deltakd.__main__ import add_teacher_options, guarded, parse, post
+from deltakd.__main__ import guarded, post
+from deltakd.command_line import add_teacher_options, parse
 
 
 def main() -> int:

@@ -15,7 +15,8 @@ import argparse
 import os
 import sys
 
-from deltakd.__main__ import guarded, parse
+from deltakd.__main__ import guarded
+from deltakd.command_line import parse
 
 
 def main() -> int:

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
-from deltakd.__main__ import main, parse, parser
+from deltakd.__main__ import main
+from deltakd.command_line import EXAMPLES, parse, parser
 from deltakd.recipe.checks import check_every_stage, check_recipe
-from deltakd.recipe.load import load
+from deltakd.recipe.load import dump_recipe, load
 from deltakd.recipe.stages import describe_stages
 from deltakd.study.grid import read_grid
 from deltakd.study.results import find_baseline
@@ -39,7 +41,7 @@ def first_lines(recipe: Path) -> list[str]:
 
 
 def words_of(command: str) -> list[str]:
-    words = shlex.split(command, comments=True)
+    words = shlex.split(re.split(r" >>? ", command)[0], comments=True)
     while "=" in words[0]:
         words = words[1:]
     if words[:3] == [".venv/bin/python", "-m", "deltakd"] or words[:3] == ["python", "-m", "deltakd"]:
@@ -68,7 +70,7 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         if options.verb == "sweep":
             grid = read_grid(options.recipe, options.overrides, options.name)
             find_baseline(grid, options.baseline)
-        elif options.recipe != "mine":
+        elif options.recipe not in ("mine", "llama_gkd"):
             check_every_stage(options.recipe, options.overrides)
         if options.verb == "check":
             assert main(words[1:]) == 0 and "models:" in capsys.readouterr().out
@@ -96,6 +98,22 @@ def test_a_command_in_the_docs_is_one_that_works(page, command, capsys):
         pytest.fail(f"{page.name}: no test knows how to try `{command}`")
 
 
+@pytest.mark.parametrize("verb", sorted(EXAMPLES))
+def test_the_help_of_every_verb_ends_with_an_example_that_works(verb, capsys):
+    with pytest.raises(SystemExit):
+        parser().parse_args([verb, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"Example:\n  python -m deltakd {EXAMPLES[verb]}\n")
+    options = parse(parser(), words_of(f"python -m deltakd {EXAMPLES[verb]}")[1:])
+    if hasattr(options, "recipe"):
+        load(options.recipe, options.overrides, options.stage if verb in ("train", "outcome") else None)
+
+
+def test_no_verb_of_a_user_s_is_without_an_example():
+    (verbs,) = (action for action in parser()._actions if action.dest == "verb")
+    assert set(verbs.choices) - {"shard"} == set(EXAMPLES)
+
+
 def test_the_docs_show_commands():
     assert len(CASES) > 15 and {page.name for page, _ in CASES} >= {"README.md", "recipes.md", "quickstart.yaml"}
 
@@ -111,6 +129,49 @@ def test_a_recipe_opens_with_its_command_and_what_was_measured(recipe):
     first, second = recipe.read_text().splitlines()[:2]
     assert re.match(r"# (make|python -m deltakd|deepspeed) ", first) and second.startswith("# Measured: ")
     assert check_every_stage(str(recipe.relative_to(ROOT / "recipes").with_suffix("")))
+
+
+@pytest.mark.parametrize("data", ["ultrachat", "openmath"])
+def test_every_baseline_is_laid_on_real_data_with_its_own_objective_and_the_base_s_models(data):
+    base = load(data).recipe
+    for path in sorted((ROOT / "recipes" / "baselines").glob("*.yaml")):
+        method, recipe = load(f"baselines/{path.stem}").recipe, load(f"{data}/{path.stem}").recipe
+        assert recipe.objective == method.objective and recipe.models == base.models, path.stem
+        assert (recipe.root, recipe.run) == (base.root, method.run) and recipe.train == base.train
+        assert recipe.rollouts.on_policy_fraction == method.rollouts.on_policy_fraction
+        if recipe.data.train.path.startswith("HF") or recipe.data.train.path.startswith("nvidia"):
+            assert recipe.data.model_copy(update={"corpus": None}) == base.data
+        assert "runs/quickstart" not in dump_recipe(recipe)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_a_recipe_repeats_no_setting_that_it_inherits(recipe):
+    """But a baseline says its objective whole: it is laid on other recipes than the one that it extends."""
+    tree = yaml.safe_load(recipe.read_text())
+    extends = tree.pop("extends", None)
+    name = str(recipe.relative_to(ROOT / "recipes").with_suffix(""))
+    if not isinstance(extends, str) or recipe.parent.name == "baselines":
+        return
+    inherited = load(extends).recipe.model_dump(by_alias=True)
+    own = load(name).recipe.model_dump(by_alias=True)
+    for key, value in leaves({key: part for key, part in tree.items() if key not in ("pipeline", "root")}):
+        before, after = (at(one, key) for one in (inherited, own))
+        assert before != after, f"{name}: {'.'.join(key)}: {value} is inherited"
+
+
+def leaves(tree: dict, above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
+    """A mapping with a name is one choice: its settings come with it."""
+    found = []
+    for key, value in tree.items():
+        whole = not isinstance(value, dict) or "name" in value or not value
+        found += [((*above, key), value)] if whole else leaves(value, (*above, key))
+    return found
+
+
+def at(tree: object, path: tuple[str, ...]) -> object:
+    for step in path:
+        tree = tree.get(step) if isinstance(tree, dict) else None
+    return tree
 
 
 def test_the_python_example_runs():

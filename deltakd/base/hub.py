@@ -7,7 +7,7 @@ it. With HF_HUB_OFFLINE=1 nothing is asked and the libraries use what is in thei
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from deltakd.base.errors import DeltaKDError
 
@@ -25,16 +25,21 @@ def refuse_unreachable(
     kind: Literal["dataset", "model"], hub_id: str, revision: str | None, error: Callable[[str], DeltaKDError]
 ) -> None:
     """Raise `error` with one sentence unless the hub answers that it has `hub_id` for us, or is not to be asked."""
-    from huggingface_hub import HfApi, is_offline_mode
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import HfApi, constants, is_offline_mode
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
 
     if is_offline_mode():
         return
     try:
-        if kind == "dataset":
-            HfApi().dataset_info(hub_id, revision=revision, timeout=ASK_S)
-        else:
-            HfApi().model_info(hub_id, revision=revision, timeout=ASK_S)
+        ask: Callable[..., Any] = HfApi().dataset_info if kind == "dataset" else HfApi().model_info
+        if getattr(ask(hub_id, revision=revision, timeout=ASK_S), "gated", None):  # it tells of those to everyone
+            HfApi().auth_check(hub_id, repo_type=kind)
+    except GatedRepoError as refusal:
+        page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{hub_id}"
+        raise error(
+            f"{hub_id}: gated, and the hub does not give it to us. Accept its licence at {page}, then set HF_TOKEN to "
+            "a token of that account, or run `hf auth login`."
+        ) from refusal
     except HfHubHTTPError as refusal:
         status = refusal.response.status_code
         at = f" at revision {revision}" if revision else ""

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -101,26 +102,35 @@ def _start_janitor(path: Path) -> None:
 def sweep(parent: Path) -> list[Path]:
     """Remove the folders of runs of which no process lives on this node; return them."""
     removed = []
+    for path in _abandoned(parent):
+        shutil.rmtree(path, ignore_errors=True)
+        removed.append(path)
+    return removed
+
+
+def leftovers(parent: Path) -> list[Path]:
+    """Return the folders that `sweep` would remove."""
+    return list(_abandoned(parent))
+
+
+def _abandoned(parent: Path) -> Iterator[Path]:
+    """Yield the folders of dead runs, each while its lock is held so that nobody joins it."""
     for path in parent.glob(f"{PREFIX}*"):
         try:
             lock = os.open(path / "lock", os.O_RDWR)
-        except PermissionError:  # another user's
+        except (PermissionError, NotADirectoryError):  # another user's, or none of ours
             continue
         except FileNotFoundError:  # being made or removed at this moment, unless it has been so for long
             if _age_s(path) > ABANDONED_S:
-                shutil.rmtree(path, ignore_errors=True)
-                removed.append(path)
+                yield path
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield path
         except BlockingIOError:
             continue
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
         finally:
             os.close(lock)
-    return removed
 
 
 def _age_s(path: Path) -> float:

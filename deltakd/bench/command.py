@@ -1,7 +1,7 @@
 """The `bench` verb: its options, and what each measurement is started with. Imports no torch."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ MEASUREMENTS = {
 }
 
 
-def add_bench(verbs: Any) -> None:
-    """Add `bench` and everything that it measures to the command line."""
+def add_bench(verbs: Any, example: Mapping[str, Any]) -> None:
+    """Add `bench` and everything that it measures to the command line; its help ends with `example`."""
     text = f"measure: {', '.join(MEASUREMENTS)}; results go to a file and the terminal"
-    bench = verbs.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".")
+    bench = verbs.add_parser("bench", help=text, description=text[0].upper() + text[1:] + ".", **example)
     kinds = bench.add_subparsers(dest="measurement", required=True, metavar="WHAT")
 
     def kind(name: str, out: str) -> argparse.ArgumentParser:

@@ -20,7 +20,8 @@ BASELINES = "baselines/"
 OF_PIPELINES = ("sft", "forward_kl", "delta")
 NOT_ADDED = frozenset({"root", "run", "pipeline", "seed"})
 # Where responses are learnt instead of the base's rows, nothing that chose among those is left.
-ALL_ROWS = {"skip_rows": 0, "num_rows": None, "subset": None, "revision": None, "split": "train"}
+ALL_ROWS: dict[str, Any] = {"skip_rows": 0, "num_rows": None, "where": None, "max_characters": None}
+ALL_ROWS |= {"subset": None, "revision": None, "split": "train"}
 SET_HERE = ("root", "run", "seed", "pipeline")
 
 

@@ -89,19 +89,20 @@ class ExampleSet:
         return (self[index] for index in range(len(self)))
 
 
-def drop_validation(train: ExampleSet, validation: ExampleSet, where: str = "data.train") -> ExampleSet:
+def drop_validation(train: ExampleSet, validation: ExampleSet, prompts: bool = False) -> ExampleSet:
     """Return train without the examples whose tokens also stand in validation, counted in `dropped_in_validation`.
 
     Real chat sets repeat a few rows, so this is no error; but held-out rows are never learnt from. Raises DataError if
-    no training example is left. Equal means equal tokens; a common prompt with another answer stays.
+    no training example is left. Equal means equal tokens; a common prompt with another answer stays, unless `prompts`
+    are what is kept apart.
     """
-    held_out = {example.tokens.tobytes() for example in validation}
-    keep = np.array([example.tokens.tobytes() not in held_out for example in train], dtype=np.bool_)
+    held_out = {_held_out_part(example, prompts) for example in validation}
+    keep = np.array([_held_out_part(example, prompts) not in held_out for example in train], dtype=np.bool_)
     if keep.all():
         return train
     if not keep.any():
         raise DataError(
-            f"{where}: all {len(train):,} examples also stand in data.validation. Write other rows in one of the two."
+            f"data.train: all {len(train):,} examples also stand in data.validation. Write other rows in one of them."
         )
     kept = replace(train, starts=train.starts[keep], lengths=train.lengths[keep])
     counts = replace(
@@ -111,3 +112,8 @@ def drop_validation(train: ExampleSet, validation: ExampleSet, where: str = "dat
         supervised_tokens=sum(int(example.supervised.sum()) for example in kept),
     )
     return replace(kept, counts=counts)
+
+
+def _held_out_part(example: Example, prompts: bool) -> bytes:
+    end = int(example.supervised.argmax()) if prompts else None
+    return example.tokens[:end].tobytes()

@@ -14,8 +14,23 @@ class SourceSettings(Settings):
     subset: str | None = Field(None, description="The hub data set's configuration, where it has several.")
     split: str = Field("train", description="The split of a hub data set; local files have only train.")
     revision: str | None = Field(None, description="A commit or tag of the hub data set.")
-    num_rows: int | None = Field(None, gt=0, description="Use only the first rows; null uses all.")
+    where: dict[str, list[str | int | float | bool]] | None = Field(
+        None, description="Only rows whose column holds one of these values: {problem_type: [has_answer_extracted]}."
+    )
+    max_characters: dict[str, int] | None = Field(
+        None, description="Only rows whose column is no longer than that: {generated_solution: 12_000}."
+    )
+    num_rows: int | None = Field(
+        None,
+        gt=0,
+        description="Use only the first rows, of those that are let in; null: all. Of the hub no more is read.",
+    )
     skip_rows: int = Field(0, ge=0, description="Leave out the first rows, where validation takes them.")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether rows are let in by what they hold."""
+        return bool(self.where or self.max_characters)
 
 
 class CorpusSettings(SourceSettings):
@@ -32,6 +47,11 @@ class DataSettings(Settings):
     validation: SourceSettings | None = Field(None, description="Held-out rows for evaluation, none of train.")
     corpus: CorpusSettings | None = Field(
         None, description="Rows of text, or of `format`, learnt whole and by cross-entropy alone beside every step."
+    )
+    apart: Literal["rows", "prompts"] = Field(
+        "rows",
+        description="What of data.validation is never trained on. prompts: no other answer to its prompts either, "
+        "where a set holds several solutions of a problem.",
     )
     format: Literal["messages", "math", "text"] = Field(
         "messages",

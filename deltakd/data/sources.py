@@ -2,12 +2,13 @@
 
 Local files are read one by one, so that a row is known by its file and its place there. The library keeps an Arrow copy
 under its cache folder (HF_DATASETS_CACHE) and reads a file again when its modification time changes; rows are memory
-mapped from there, so a large set costs disk and not memory. Importing the library takes seconds, hence not at the top.
+mapped from there, so a large set costs disk and not memory. Of a hub data set with `num_rows` the first rows are
+streamed into such a copy, and no file behind them is fetched. Importing the library takes seconds: not at the top.
 """
 
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from glob import glob, has_magic
@@ -16,24 +17,25 @@ from typing import Any
 
 from deltakd.base.errors import DataError
 from deltakd.base.hub import FILE_SUFFIXES, could_be_hub_id, refuse_unreachable
+from deltakd.data.choosing import columns, first_rows, lets_in, refuse_unknown_columns
 from deltakd.data.settings import SourceSettings
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, in order: parts of (file or hub id, its `datasets.Dataset`, number of its first row)."""
+    """The rows of one source, in order: parts of (file or hub id, its `datasets.Dataset`, each row's number there)."""
 
-    parts: tuple[tuple[str, Any, int], ...]
+    parts: tuple[tuple[str, Any, Sequence[int]], ...]
 
     def __len__(self) -> int:
         return sum(len(dataset) for _, dataset, _ in self.parts)
 
     def __iter__(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield `file:row`, counted from one, and the row."""
-        for name, dataset, first in self.parts:
+        for name, dataset, numbers in self.parts:
             try:
-                for index, row in enumerate(dataset):
-                    yield f"{name}:{first + index}", row
+                for number, row in zip(numbers, dataset, strict=True):
+                    yield f"{name}:{number}", row
             except UnicodeDecodeError as error:
                 raise DataError(f"{name}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
 
@@ -41,14 +43,13 @@ class Rows:
 def load_rows(source: SourceSettings) -> Rows:
     """Open the rows of a source. Raises DataError in one sentence if there are none to be had."""
     files = local_files(source.path)
+    if not files and source.num_rows is not None:
+        return _stream_hub(source)
     parts = [(str(file), _load_file(file)) for file in files] if files else [(source.path, _load_hub(source))]
-    selected = _select(parts, source.skip_rows, source.num_rows)
+    let_in = [_let_in(source, name, dataset) for name, dataset in parts]
+    selected = _select(let_in, source.skip_rows, source.num_rows)
     if not selected:
-        num_rows = sum(len(dataset) for _, dataset in parts)
-        raise DataError(
-            f"{source.path}: no rows left of {num_rows:,} after skip_rows {source.skip_rows:,}. "
-            "Write a smaller skip_rows."
-        )
+        raise _none_left(source, sum(len(dataset) for _, dataset in parts), sum(len(part[1]) for part in let_in))
     return Rows(selected)
 
 
@@ -88,16 +89,36 @@ def local_files(path: str) -> list[Path]:
     return known
 
 
-def _select(parts: list[tuple[str, Any]], skip: int, num_rows: int | None) -> tuple[tuple[str, Any, int], ...]:
+def _none_left(source: SourceSettings, num_rows: int, num_let_in: int) -> DataError:
+    which, todo = f"{num_rows:,}", "Write a smaller skip_rows"
+    if source.chooses:
+        which += f", of which where and max_characters let in {num_let_in:,},"
+        todo += ", or let in more"
+    return DataError(f"{source.path}: no rows left of {which} after skip_rows {source.skip_rows:,}. {todo}.")
+
+
+def _let_in(source: SourceSettings, name: str, dataset: Any) -> tuple[str, Any, Sequence[int]]:
+    """Return the rows of a data set that are let in, with their numbers."""
+    if not source.chooses:
+        return name, dataset, range(1, len(dataset) + 1)
+    refuse_unknown_columns(source, dataset.column_names)
+    deciding = dataset.select_columns(columns(source))
+    chosen = [index for index, row in enumerate(deciding) if lets_in(source, row)]
+    return name, dataset.select(chosen), [index + 1 for index in chosen]
+
+
+def _select(
+    parts: list[tuple[str, Any, Sequence[int]]], skip: int, num_rows: int | None
+) -> tuple[tuple[str, Any, Sequence[int]], ...]:
     selected = []
-    for name, dataset in parts:
+    for name, dataset, numbers in parts:
         begin = min(skip, len(dataset))
         end = len(dataset) if num_rows is None else min(begin + num_rows, len(dataset))
         skip -= begin
         if num_rows is not None:
             num_rows -= end - begin
         if begin < end:
-            selected.append((name, dataset.select(range(begin, end)), begin + 1))
+            selected.append((name, dataset.select(range(begin, end)), numbers[begin:end]))
     return tuple(selected)
 
 
@@ -116,12 +137,48 @@ def _load_file(file: Path) -> Any:
         raise DataError(_explain(file, error)) from error
 
 
-def _load_hub(source: SourceSettings) -> Any:
+NUMBER = "deltakd_row_number"  # the column that keeps each streamed row's place
+
+
+def _stream_hub(source: SourceSettings) -> Rows:
+    """Copy the first rows that are let in to the disk, once; nothing behind them is fetched."""
+    import datasets
+
+    try:
+        with _quiet():
+            kept = datasets.Dataset.from_generator(_fetch, gen_kwargs={"source": source.model_dump()})
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        if isinstance(error.__cause__, DataError):
+            raise error.__cause__ from error
+        raise DataError(f"{source.path}: {_first_line(error.__cause__ or error)}. Write another split.") from error
+    numbers = kept[NUMBER]
+    return Rows(((source.path, kept.remove_columns(NUMBER), list(numbers)),))
+
+
+def _fetch(source: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from huggingface_hub import is_offline_mode
+
+    settings = SourceSettings(**source)
+    rows = _load_hub(settings, streaming=not is_offline_mode())  # offline the library's cache may hold it whole
+    taken = 0
+    for number, row in first_rows(settings, rows):
+        taken += 1
+        yield {NUMBER: number, **row}
+    if not taken:
+        raise DataError(
+            f"{settings.path}: none of its rows is let in behind skip_rows {settings.skip_rows:,}. "
+            "Write a smaller skip_rows, or another where and max_characters."
+        )
+
+
+def _load_hub(source: SourceSettings, streaming: bool = False) -> Any:
     import datasets
 
     refuse_unreachable("dataset", source.path, source.revision, DataError)
     try:
-        return datasets.load_dataset(source.path, name=source.subset, split=source.split, revision=source.revision)
+        return datasets.load_dataset(
+            source.path, name=source.subset, split=source.split, revision=source.revision, streaming=streaming
+        )
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         raise DataError(
             f"{source.path}: cannot be loaded with subset {source.subset}, split {source.split} "

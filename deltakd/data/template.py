@@ -20,16 +20,9 @@ from jinja2.exceptions import TemplateError
 from deltakd.base.errors import DataError, ModelError
 from deltakd.data.conversation import Conversation, Document, Turn, as_messages
 from deltakd.data.examples import Example
+from deltakd.data.families import FAMILIES
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-# Used for tokenizers without a template that have its two tokens, and written into the tokenizers trained here.
-CHATML = (
-    "{% for message in messages %}"
-    f"{{{{ '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}' + '\\n' }}}}"
-    "{% endfor %}"
-    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
-)
+END_OF_TEXT = "<|endoftext|>"
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # Characters [begin, end) of the text that hold one assistant turn's content and the beginning of its end-of-turn token.
@@ -37,7 +30,7 @@ Span = tuple[int, int]
 
 
 class ChatTemplate:
-    """A tokenizer's own chat template, or ChatML where it has none, checked once on a made-up exchange.
+    """A tokenizer's own chat template, or its family's where it has none, checked once on a made-up exchange.
 
     `end_of_turn_id` is the token that ends an assistant turn: generation stops at it.
     """
@@ -58,12 +51,7 @@ class ChatTemplate:
         self._is_special = np.zeros(len(tokenizer), dtype=np.bool_)
         self._is_special[special] = True
         self._special_names = dict(tokenizer.special_tokens_map)
-        self._text = tokenizer.get_chat_template() if tokenizer.chat_template else CHATML
-        if self._text is CHATML and not {IM_START, IM_END} <= set(tokenizer.get_vocab()):
-            raise ModelError(
-                f"{self._name}: no chat template, and no tokens {IM_START} and {IM_END} for ChatML. "
-                "Write a tokenizer with a chat template."
-            )
+        self._text = tokenizer.get_chat_template() if tokenizer.chat_template else self._family()
         self._marked = GENERATION_MARK.search(self._text) is not None
         self.end_of_turn_id = self._try_out()
 
@@ -102,6 +90,17 @@ class ChatTemplate:
             self._refuse_special(turn.content, where)
         (text,), _ = self._render([turns], where, generation_prompt=True)
         return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _family(self) -> str:
+        known = set(self._tokenizer.get_vocab())
+        for marks, template in FAMILIES:
+            if known.issuperset(marks):
+                return template
+        pairs = ", ".join(" and ".join(marks) for marks, _ in FAMILIES)
+        raise ModelError(
+            f"{self._name}: no chat template, and none of the marks of one that is known ({pairs}). "
+            "Write a tokenizer with a chat template."
+        )
 
     def _try_out(self) -> int:
         """Render a made-up exchange and return the token that ends the answer."""

@@ -18,10 +18,11 @@ from tokenizers import pre_tokenizers
 
 from deltakd.base.errors import ModelError
 from deltakd.base.hub import could_be_hub_id, refuse_unreachable
+from deltakd.data.families import CHATML, IM_END, IM_START
 from deltakd.data.formats import ROLES, texts_of
 from deltakd.data.settings import SourceSettings, TokenizerSettings
 from deltakd.data.sources import load_rows
-from deltakd.data.template import CHATML, END_OF_TEXT, IM_END, IM_START
+from deltakd.data.template import END_OF_TEXT
 
 GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

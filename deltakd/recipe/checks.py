@@ -46,6 +46,7 @@ def check_recipe(recipe: Recipe, where: Where) -> None:
     check_own_tokens(recipe, where)
     _check_profile(recipe, where)
     _check_rows_apart(recipe, where)
+    _check_prompts_apart(recipe, where)
     _check_labels(recipe.evaluation.kept, "evaluation.kept", where)
     _check_labels(recipe.models.teachers, "models.teachers", where)
     _check_labels(recipe.models.teachers_raw, "models.teachers_raw", where)
@@ -211,6 +212,12 @@ def _check_rows_apart(recipe: Recipe, where: Where) -> None:
 def _check_apart(key: str, learnt: SourceSettings, validation: SourceSettings | None, where: Where) -> None:
     if validation is None or not same_rows_source(learnt, validation):
         return
+    for choice in ("where", "max_characters"):
+        if getattr(learnt, choice) != getattr(validation, choice):
+            raise RecipeError(
+                f"{where(f'data.validation.{choice}')}: not data.{key}'s, so which rows of {validation.path} are first "
+                f"differs, and held-out ones may be learnt. Write the same {choice} for both."
+            )
     (learnt_begin, learnt_end), (begin, end) = row_range(learnt), row_range(validation)
     if max(learnt_begin, begin) >= min(learnt_end, end):
         return
@@ -223,6 +230,14 @@ def _check_apart(key: str, learnt: SourceSettings, validation: SourceSettings | 
     shared_end = min(learnt_end, end)
     shared = f"{max(learnt_begin, begin):,} to {'the last' if shared_end == float('inf') else format(shared_end, ',')}"
     raise RecipeError(f"{where('data.validation')}: rows {shared} of {validation.path} are also in data.{key}. {todo}.")
+
+
+def _check_prompts_apart(recipe: Recipe, where: Where) -> None:
+    data = recipe.data
+    if data.apart == "prompts" and data.validation is not None and (data.supervise == "all" or data.format == "text"):
+        raise RecipeError(
+            f"{where('data.apart')}: prompts, but rows of which all is learnt have no prompt. Write rows."
+        )
 
 
 def _check_labels(labels: Iterable[str], key: str, where: Where) -> None:

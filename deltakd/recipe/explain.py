@@ -63,22 +63,22 @@ def locate(schema: type[BaseModel], loc: Iterable[str | int]) -> Spot:
     """Follow a pydantic location, in which a discriminated union adds the tag as a step of its own."""
     spot = Spot((), schema, None, None)
     for step in loc:
-        models = _models(spot.annotation)
+        models = models_of(spot.annotation)
         if len(models) > 1:
-            tagged = [model for model in models if step in _tags(model)]
+            tagged = [model for model in models if step in tags_of(model)]
             spot = Spot(spot.path, tagged[0] if tagged else Any, spot.field, spot.parent)
         elif models:
-            field = _fields(models[0]).get(str(step))
+            field = fields_of(models[0]).get(str(step))
             spot = Spot((*spot.path, step), field.annotation if field else Any, field, models[0])
         else:
-            inner = get_args(_without_null(spot.annotation))
+            inner = get_args(without_null(spot.annotation))
             spot = Spot((*spot.path, step), inner[-1] if inner else Any, None, None)
     return spot
 
 
 def wanted(spot: Spot) -> str:
     """Say what may stand at `spot`: `a whole number above 0`, `one of packed, padded`, `a list`."""
-    annotation = _without_null(spot.annotation)
+    annotation = without_null(spot.annotation)
     metadata = spot.field.metadata if spot.field else []
     words = [_type_words(annotation)]
     for item in metadata:
@@ -94,7 +94,7 @@ def wanted(spot: Spot) -> str:
     return text if annotation is spot.annotation else f"{text}, or null"
 
 
-def _fields(model: type[BaseModel]) -> dict[str, FieldInfo]:
+def fields_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
     """Return a model's fields as a recipe writes them: `from` is no name in Python."""
     return {field.alias or name: field for name, field in model.model_fields.items()}
 
@@ -119,7 +119,7 @@ def _problem(details: Mapping[str, Any], schema: type[BaseModel], tree: Marked, 
         name, _ = nearest(tree, (*spot.path, "name"))
         return _unknown_choice((*spot.path, "name"), name, _all_tags(spot))
     if kind == "literal_error":
-        return _unknown_choice(spot.path, here, get_args(_without_null(spot.annotation)))
+        return _unknown_choice(spot.path, here, get_args(without_null(spot.annotation)))
     if kind == "value_error":  # a validator of ours: its message already has both parts
         what, _, todo = str(details["ctx"]["error"]).partition(". ")
         return Problem(spot.path, what, todo or "Write another value")
@@ -132,7 +132,7 @@ def _problem(details: Mapping[str, Any], schema: type[BaseModel], tree: Marked, 
 
 
 def _unknown_key(spot: Spot, extra_keys: tuple[str, ...]) -> Problem:
-    known = list(_fields(spot.parent)) if spot.parent else []
+    known = list(fields_of(spot.parent)) if spot.parent else []
     known += [key for key in extra_keys if len(spot.path) == 1 and key != spot.path[-1]]
     match = closest(spot.path[-1], known)
     if match is None:
@@ -151,7 +151,7 @@ def _unknown_choice(path: tuple[str | int, ...], value: Marked, choices: Iterabl
 
 
 def _wrong_type(here: Marked, spot: Spot) -> tuple[str, str]:
-    wants, todo = _without_null(spot.annotation), f"Write {wanted(spot)}"
+    wants, todo = without_null(spot.annotation), f"Write {wanted(spot)}"
     if here.value is None:
         return "empty", todo
     if wants in (int, float) and not isinstance(here.value, bool):
@@ -213,11 +213,11 @@ def _type_words(annotation: Any) -> str:
         return _choices(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) is list:
         return "a list"
-    models = _models(annotation)
+    models = models_of(annotation)
     if len(models) == 1:
-        required = [key for key, field in _fields(models[0]).items() if field.is_required()]
-        return f"a mapping with {', '.join(required or _fields(models[0]))}"
-    names = [str(tag) for model in models for tag in _tags(model)]
+        required = [key for key, field in fields_of(models[0]).items() if field.is_required()]
+        return f"a mapping with {', '.join(required or fields_of(models[0]))}"
+    names = [str(tag) for model in models for tag in tags_of(model)]
     return f"a mapping with name: {_choices(names)}" if names else "a mapping"
 
 
@@ -226,24 +226,24 @@ def _choices(names: Iterable[str]) -> str:
     return f"{', '.join(first)} or {last}" if first else last
 
 
-def _without_null(annotation: Any) -> Any:
+def without_null(annotation: Any) -> Any:
     if get_origin(annotation) is Annotated:
-        return _without_null(get_args(annotation)[0])
+        return without_null(get_args(annotation)[0])
     if get_origin(annotation) not in (Union, types.UnionType):
         return annotation
     kept = [member for member in get_args(annotation) if member is not types.NoneType]
     return kept[0] if len(kept) == 1 else annotation
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    annotation = _without_null(annotation)
+def models_of(annotation: Any) -> list[type[BaseModel]]:
+    annotation = without_null(annotation)
     members = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
     return [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
     return get_args(model.model_fields["name"].annotation) if "name" in model.model_fields else ()
 
 
 def _all_tags(spot: Spot) -> list[str]:
-    return [str(tag) for model in _models(spot.annotation) for tag in _tags(model)]
+    return [str(tag) for model in models_of(spot.annotation) for tag in tags_of(model)]

@@ -112,4 +112,5 @@ def read_examples(recipe: Recipe, tokenizer: Any, progress: bool) -> ExampleSet:
     train = build_examples(recipe.data, recipe.data.train, tokenizer, cache, progress)
     if recipe.data.validation is None or recipe.data.format == "text":
         return train
-    return drop_validation(train, build_examples(recipe.data, recipe.data.validation, tokenizer, cache, progress))
+    held_out = build_examples(recipe.data, recipe.data.validation, tokenizer, cache, progress)
+    return drop_validation(train, held_out, prompts=recipe.data.apart == "prompts")

@@ -20,6 +20,7 @@ from deltakd.recipe.schema import Recipe
 
 SUFFIXES = (".yaml", ".yml")
 ROOT_MARK = "{root}"
+ROLES = ("student", "student_raw", "teacher", "teacher_raw")  # whose weights `{models.ROLE.weights}` stands for
 STAGE_CANNOT_SET = frozenset({"root", "run", "pipeline"})
 
 
@@ -116,34 +117,54 @@ def _known_names() -> list[str]:
 
 
 def _read_chain(path: Path, extending: tuple[Path, ...], within: Path | None = None) -> Marked:
-    """Read a file laid on what it extends; on what lies in the folder `within` alone, where that is given."""
+    """Read a file laid on what it extends; with `within`, on what lies in that folder or is added to its base alone.
+
+    Of several that it extends the first is the base; of each later one comes what that adds to its own base, but where
+    that lies (`root`). So a method is laid on any recipe.
+    """
     tree = read_file(path)
     if "extends" not in tree.value:
         return tree
     extends = tree.value["extends"]
     tree = Marked({key: child for key, child in tree.value.items() if key != "extends"}, tree.place)
-    parent = _find_extended(extends, path)
     chain = (*extending, path.resolve())
-    if parent.resolve() in chain:
-        raise RecipeError(f"{extends.place}: extends: {extends.value} leads back to itself. Remove one extends.")
-    if within is not None and parent.resolve().parent != within:
-        return tree
-    return merge(_read_chain(parent, chain, within), tree)
+    base, *methods = [_find_extended(one, path, chain) for one in _listed(extends)]
+    parts = [] if within is not None and base.resolve().parent != within else [_read_chain(base, chain, within)]
+    for method in methods:
+        added = _read_chain(method, chain, method.resolve().parent)
+        parts.append(Marked({key: child for key, child in added.value.items() if key != "root"}, added.place))
+    for part in [*parts[1:], tree] if parts else []:
+        parts[0] = merge(parts[0], part)
+    return parts[0] if parts else tree
 
 
-def _find_extended(extends: Marked, path: Path) -> Path:
+def _listed(extends: Marked) -> list[Marked]:
+    names: list[Marked] = extends.value if isinstance(extends.value, list) else [extends]
+    for one in names or [extends]:
+        if not isinstance(one.value, str) or not one.value:
+            raise RecipeError(
+                f"{extends.place}: extends: {shown(one)} is no file. Write a recipe's name or path, or a list of them."
+            )
+    return names
+
+
+def _find_extended(extends: Marked, path: Path, chain: tuple[Path, ...]) -> Path:
     name = extends.value
-    if not isinstance(name, str) or not name:
-        raise RecipeError(f"{extends.place}: extends: {shown(extends)} is no file. Write one recipe's name or path.")
     sibling = path.parent / (name if _is_path(name) else f"{name}.yaml")
-    if sibling.is_file():
-        return sibling
-    if _is_path(name):
+    if sibling.is_file() and sibling.resolve() != path.resolve():
+        parent = sibling
+    elif name in _known_names():
+        parent = find_recipe(name)
+    elif _is_path(name):
         raise RecipeError(f"{extends.place}: extends: {sibling} does not exist. Write a path relative to this file.")
-    try:
-        return find_recipe(name)
-    except RecipeError as error:
-        raise RecipeError(f"{extends.place}: extends: {error}") from error
+    else:
+        try:
+            parent = find_recipe(name)
+        except RecipeError as error:
+            raise RecipeError(f"{extends.place}: extends: {error}") from error
+    if parent.resolve() in chain:
+        raise RecipeError(f"{extends.place}: extends: {name} leads back to itself. Remove one extends.")
+    return parent
 
 
 def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
@@ -172,6 +193,8 @@ def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
 
 def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str]) -> Marked:
     """Lay a stage's changes on the file's tree and name the run after it."""
+    if "pipeline" in tree.value:  # what its texts stand for is the recipe's, not the stage's
+        tree = Marked({**tree.value, "pipeline": base.tree.value["pipeline"]}, tree.place)
     names = [known.name for known in base.recipe.pipeline]
     trainings = [known.name for known in base.recipe.pipeline if known.kind == "train"]
     if stage not in trainings:
@@ -215,6 +238,11 @@ def _validate(tree: Marked, stage: str | None) -> Loaded:
         if not root or "{" in root or "}" in root:
             raise RecipeError(f"{_where(tree, ('root',), stage)}: {root!r} is no folder. Write one without braces.")
         tree = replace_in_texts(tree, ROOT_MARK, root)
+    for role in ROLES:
+        key = ("models", role, "weights")
+        weights, depth = nearest(tree, key)
+        if depth == len(key) and isinstance(weights.value, str) and "{models." not in weights.value:
+            tree = replace_in_texts(tree, f"{{{'.'.join(key)}}}", weights.value)
     try:
         return Loaded(Recipe.model_validate(plain(tree)), tree, stage)
     except ValidationError as error:

@@ -1,14 +1,15 @@
 """The `report` verb: its options, and what it writes. Plotly and Jinja wait until there is a page to make."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
-def add_report(verbs: Any) -> None:
-    """Add `report` to the command line."""
+def add_report(verbs: Any, example: Mapping[str, Any]) -> None:
+    """Add `report` to the command line; its help ends with `example`."""
     text = "write one page about runs and evaluations: table, curves, time, examples, recipes, what was not measured"
-    command = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".")
+    command = verbs.add_parser("report", help=text, description=text[0].upper() + text[1:] + ".", **example)
     command.add_argument(
         "paths", nargs="+", metavar="RUNS", help="run directories, evaluations, or folders that hold some"
     )

@@ -9,8 +9,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from deltakd.data.families import CHATML
 from deltakd.data.settings import TokenizerSettings
-from deltakd.data.template import CHATML
 from deltakd.data.tokenizer import load_tokenizer, train_tokenizer
 
 Write = Callable[[str, Sequence[Mapping[str, Any]]], Path]

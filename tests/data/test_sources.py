@@ -90,6 +90,68 @@ def test_skipping_every_row_is_refused(write):
         load_rows(SourceSettings(path=str(file), skip_rows=3))
 
 
+def choosing(path, **more):
+    return [(where, row["n"]) for where, row in load_rows(SourceSettings(path=str(path), **more))]
+
+
+def solutions(count):
+    """Every third row has no answer, and lengths go round from 0 to 6."""
+    for n in range(count):
+        kind = "no_answer_extracted" if n % 3 == 0 else "has_answer_extracted"
+        yield {"n": n, "problem_type": kind, "solution": "x" * (n % 7), "messages": [{"role": "user", "content": "ab"}]}
+
+
+CACHED = list(solutions(30))
+CHOICE = {"where": {"problem_type": ["has_answer_extracted"]}, "max_characters": {"solution": 3}}
+
+
+def test_rows_are_let_in_before_they_are_counted_and_keep_their_places(write):
+    file = write("a.jsonl", list(solutions(40)))
+    expected = [(f"{file}:{n + 1}", n) for n in range(40) if n % 3 and n % 7 <= 3]
+    assert choosing(file, **CHOICE) == expected
+    assert choosing(file, **CHOICE, skip_rows=2, num_rows=5) == expected[2:7]
+    with pytest.raises(DataError, match="where names problem_typ, no column of n, problem_type"):
+        choosing(file, where={"problem_typ": ["x"]})
+    with pytest.raises(DataError, match="no rows left of 40, of which where and max_characters let in 0, after skip"):
+        choosing(file, max_characters={"messages": 5})  # role and content are six
+    assert len(choosing(file, max_characters={"messages": 6})) == 40
+
+
+@pytest.fixture
+def stream(tmp_path, monkeypatch):
+    """Stand in for the hub: a set of ten million rows that counts how many are fetched."""
+    import datasets
+
+    pulled = []
+
+    def rows():
+        for row in solutions(10**7):
+            pulled.append(row["n"])
+            yield row
+
+    def load_dataset(path, streaming, **_):
+        return datasets.IterableDataset.from_generator(rows) if streaming else datasets.Dataset.from_list(CACHED)
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("deltakd.data.sources.refuse_unreachable", lambda *_: None)
+    return pulled
+
+
+def test_of_a_hub_s_rows_no_more_are_fetched_than_are_used_and_those_only_once(stream):
+    expected = [(f"org/rows:{n + 1}", n) for n in range(100) if n % 3 and n % 7 <= 3][4:14]
+    for _ in range(2):
+        assert choosing("org/rows", **CHOICE, skip_rows=4, num_rows=10) == expected
+    assert stream == list(range(expected[-1][1] + 1))
+    with pytest.raises(DataError, match="org/rows: where names kind, no column of n, problem_type, solution, messages"):
+        choosing("org/rows", where={"kind": ["x"]}, num_rows=1)
+
+
+def test_offline_the_first_rows_come_from_the_library_s_own_cache(stream, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert choosing("org/kept", **CHOICE, num_rows=2) == [("org/kept:2", 1), ("org/kept:3", 2)] and stream == []
+
+
 def test_a_hub_that_cannot_be_reached_is_said_within_seconds(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     begin = time.monotonic()
@@ -120,6 +182,34 @@ def refusing_hub(monkeypatch) -> Iterator[None]:
         yield
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def gating_hub(monkeypatch) -> Iterator[None]:
+    """A hub that tells everyone of a gated model, and gives it to nobody."""
+
+    class Gate(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(403 if self.path.endswith("/auth-check") else 200)
+            self.send_header("X-Error-Code", "GatedRepo")
+            self.end_headers()
+            self.wfile.write(b'{"id": "meta/llama", "gated": "manual"}')
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Gate) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield
+        server.shutdown()
+
+
+def test_a_gated_model_is_refused_with_the_page_of_its_licence_before_anything_is_fetched(gating_hub):
+    with pytest.raises(
+        DataError, match=r"meta/llama: gated, .*Accept its licence at http\S+/meta/llama, then set HF_TO"
+    ):
+        refuse_unreachable("model", "meta/llama", None, DataError)
 
 
 def test_an_id_that_the_hub_refuses_is_told_apart_from_a_hub_that_is_away(refusing_hub):

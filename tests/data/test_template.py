@@ -1,6 +1,7 @@
 """What is learnt: every assistant turn's content and its end-of-turn token, whatever the template and the text."""
 
 import copy
+import json
 import unicodedata
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 
 from deltakd.base.errors import DataError, ModelError
 from deltakd.data.conversation import Conversation, Document, Turn
-from deltakd.data.template import CHATML, ChatTemplate
+from deltakd.data.families import CHATML
+from deltakd.data.template import ChatTemplate
 
 # ChatML that puts a system turn of its own before conversations without one, as Qwen2.5 does.
 DEFAULT_SYSTEM = (
@@ -214,8 +216,31 @@ def test_chatml_serves_tokenizers_without_a_template_if_they_have_its_tokens(byt
     from transformers import PreTrainedTokenizerFast
 
     foreign = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(ModelError, match="no chat template, and no tokens"):
+    with pytest.raises(ModelError, match="no chat template, and none of the marks"):
         ChatTemplate(foreign)
+
+
+@pytest.mark.parametrize(
+    "marks,end,asked",
+    [
+        (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|eot_id|>", "<|start_header_id|>user<|end_hea"),
+        (["<start_of_turn>", "<end_of_turn>"], "<end_of_turn>", "<start_of_turn>user\nwho ?<end_of_turn>\n<start_of"),
+        (["[INST]", "[/INST]"], "<|endoftext|>", "[INST]who ?[/INST]"),
+    ],
+)
+def test_a_raw_model_s_tokenizer_speaks_as_its_family_does(byte_bpe, marks, end, asked):
+    """Raw Llama, Gemma and Mistral models bring the marks and no template."""
+    other = copy.deepcopy(byte_bpe)
+    vocabulary = json.loads(other.backend_tokenizer.to_str().replace("<|im_", "<|no_"))
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(vocabulary))
+    other.add_special_tokens({"extra_special_tokens": marks, "bos_token": "<|begin|>", "eos_token": "<|endoftext|>"})
+    other.chat_template = None
+    template = ChatTemplate(other)
+    (example,) = template.encode([chat("who ?", "she .", "where ?", "here .")])
+    learnt = other.decode(example.tokens[example.supervised])
+    assert learnt == f"she .{end}here .{end}"
+    prompt = other.decode(template.encode_prompt((Turn("user", "who ?"),), "f:1"))
+    assert prompt.startswith(f"<|begin|>{asked}")
 
 
 def test_of_a_plain_text_everything_but_the_first_token_is_learnt_and_it_ends_in_end_of_text(byte_bpe):

@@ -131,5 +131,10 @@ def test_no_example_is_both_learnt_and_held_out(write, words):
     assert kept.lengths.tolist() == [16, 19]
     assert kept.counts.dropped_in_validation == 2 and (kept.counts.tokens, kept.counts.supervised_tokens) == (35, 12)
     assert drop_validation(kept, held_out) is kept
+    again = build(write("c.jsonl", [chat("she", "no, and that was not what was asked"), chat("where", "here")]), words)
+    other_answers = build(write("d.jsonl", [chat("she", "gladly")]), words)
+    assert len(drop_validation(again, other_answers)) == 2
+    (left,) = drop_validation(again, other_answers, prompts=True)
+    assert left.tokens.tobytes() == again[1].tokens.tobytes()
     with pytest.raises(DataError, match=r"all 4 examples also stand in data.validation"):
         drop_validation(train, train)

@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from deltakd.base.errors import ModelError
+from deltakd.data.families import CHATML
 from deltakd.data.settings import TokenizerSettings
-from deltakd.data.template import CHATML, ChatTemplate
+from deltakd.data.template import ChatTemplate
 from deltakd.data.tokenizer import digest, load_tokenizer, train_tokenizer
 
 TEXT = [{"text": "the cat sat on the mat , the dog did not"}, {"text": "a cat and a dog"}]

@@ -100,6 +100,16 @@ def test_a_sound_recipe_is_returned_once_as_it_is_and_once_per_train_stage():
         ),
         (
             "skip_rows: 100",
+            "skip_rows: 100, where: {kind: [a]}",
+            "6: data.validation.where: not data.train's, so which rows of org/rows are first differs, and held-out",
+        ),
+        (
+            "  train: {path: org/rows, skip_rows: 100}",
+            "  apart: prompts\n  supervise: all\n  train: {path: org/rows, skip_rows: 100}",
+            "5: data.apart: prompts, but rows of which all is learnt have no prompt. Write rows.",
+        ),
+        (
+            "skip_rows: 100",
             "skip_rows: 99",
             "6: data.validation: rows 99 to 100 of org/rows are also in data.train. Write",
         ),

@@ -143,6 +143,45 @@ def test_extends_takes_a_name_or_a_path_beside_the_file_and_refuses_circles():
     assert refusal(written("extends: bas\n")).startswith("recipes/case.yaml:1: extends: recipe bas: no recipe has")
 
 
+def test_of_several_that_are_extended_the_later_ones_bring_what_they_add_but_not_where_they_lie():
+    Path("recipes/methods").mkdir()
+    Path("recipes/on_base").mkdir()
+    method = "extends: child\nroot: runs/child\nrun: kd\ntrain: {warmup_steps: 2}\npipeline: [{name: kd, train: {}}]\n"
+    written(method, "recipes/methods/kd.yaml")
+    laid = load(written("extends: [base, methods/kd]\nseed: 4\n", "recipes/on_base/kd.yaml"))
+    recipe, base = laid.recipe, load_recipe("base")
+    assert (recipe.root, recipe.run, recipe.seed) == ("runs/kd", "kd", 4)
+    assert [stage.name for stage in recipe.pipeline] == ["kd"] and recipe.train.warmup_steps == 2
+    assert recipe.train.learning_rate == base.train.learning_rate == 1.0  # child's 1.0e-3 is what kd lies on
+    assert laid.where("train.warmup_steps") == "recipes/methods/kd.yaml:4: train.warmup_steps"
+    assert read_added("on_base/kd") == {
+        "run": "kd",
+        "seed": 4,
+        "train": {"warmup_steps": 2},
+        "pipeline": [{"name": "kd", "train": {}}],
+    }
+    again = load_recipe(written("extends: [child, on_base/kd]\ntrain: {steps: 7}\n", "recipes/third.yaml"))
+    assert (again.train.steps, again.train.warmup_steps, again.train.learning_rate) == (7, 2, 1.0e-3)
+    looped = written("extends: [base, loop]\n", "recipes/loop.yaml")
+    assert refusal(looped) == "recipes/loop.yaml:1: extends: loop leads back to itself. Remove one extends."
+    assert "extends: 3 is no file" in refusal(written("extends: [base, 3]\n"))
+    assert "extends: [] is no file" in refusal(written("extends: []\n"))
+
+
+def test_a_text_may_stand_for_the_weights_of_a_model_of_the_recipe_whoever_sets_them():
+    pipeline = (
+        "pipeline:\n  - {name: t, train: {models: {student: {weights: '{models.teacher_raw.weights}'}}}}\n"
+        "  - {name: table, evaluate: {models: {raw: '{models.student.weights}'}, baseline: raw}}\n"
+    )
+    written("extends: base\nmodels: {teacher_raw: {weights: org/large}}\n" + pipeline, "recipes/parent.yaml")
+    path = written("extends: parent\nmodels: {student: {weights: org/other}, teacher_raw: {weights: org/huge}}\n")
+    stage = load_recipe(path, stage="t")
+    assert stage.models.student.weights == "org/huge"
+    for recipe in (load_recipe(path), stage):
+        assert recipe.pipeline[1].evaluate.models == {"raw": "org/other"}
+    assert load_recipe("parent", ["models.teacher_raw.weights=x/y"], "t").models.student.weights == "x/y"
+
+
 def test_an_unknown_recipe_lists_the_known_ones():
     assert find_recipe("base") == Path("recipes/base.yaml")
     assert "Write child" in refusal("chil") and "base" in refusal("chil")
