@@ -105,7 +105,9 @@ def test_the_help_of_every_verb_ends_with_an_example_that_works(verb, capsys):
     shown = capsys.readouterr().out
     assert shown.endswith(f"Example:\n  python -m deltakd {EXAMPLES[verb]}\n")
     options = parse(parser(), words_of(f"python -m deltakd {EXAMPLES[verb]}")[1:])
-    if hasattr(options, "recipe"):
+    if verb == "sweep":
+        read_grid(options.recipe, options.overrides, options.name)
+    elif hasattr(options, "recipe"):
         load(options.recipe, options.overrides, options.stage if verb in ("train", "outcome") else None)
 
 

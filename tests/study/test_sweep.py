@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from deltakd.__main__ import main
+from deltakd.evaluate.predictions import read_predictions
 from deltakd.recipe import pipeline
 from deltakd.study.grid import read_grid
 from deltakd.study.sharing import share
@@ -127,7 +128,7 @@ def test_every_point_is_scored_and_nothing_is_done_twice(swept, capsys, monkeypa
     assert found["keys"] == ["objective.target.alpha", "seed"] and set(found["frozen"]) == {"teacher", "student_raw"}
     assert [point["label"] for point in found["points"]] == POINTS
     for point in found["points"]:
-        answers = [json.loads(line) for line in (one.folder / f"predictions/{point['label']}.jsonl").open()]
+        answers = read_predictions(one.folder, point["label"])
         assert point["status"] == "finished" and len(answers) == 3
         assert Path(point["run"], "finished.json").exists()
         mean = sum(row["cross_entropy"] for row in answers) / 3
