@@ -63,6 +63,10 @@ def _dispatch(options: argparse.Namespace) -> None:
         _dispatch_for_tools(options)
     elif options.verb in VERBS_ELSEWHERE:
         VERBS_ELSEWHERE[options.verb](options)
+    elif options.verb == "push":
+        from deltakd.recipe.pushing import push
+
+        print(push(options.directory, options.to, not options.public))
     elif options.verb == "watch":
         from deltakd.recipe.watch import watch
 

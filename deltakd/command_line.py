@@ -37,6 +37,7 @@ EXAMPLES = {
     "evaluate": "evaluate quickstart --model delta",
     "sweep": "sweep quickstart objective.target.alpha=0,0.5 seed=1,2,3",
     "target": "target quickstart --temperatures 1,2",
+    "push": "push runs/quickstart/delta --to OWNER/NAME",
     "compare": "compare quickstart --run delta",
     "outcome": "outcome quickstart --stage delta",
     "tidy": "tidy",
@@ -120,6 +121,10 @@ def _add_first_verbs(verbs: Any) -> None:
     doctor.add_argument("--port", type=int, help="where students are to meet; default MASTER_PORT, or 29500")
     schema = _add(verbs, "schema", "print the JSON schema of recipes, by which editors complete and check them")
     schema.add_argument("--markdown", action="store_true", help="print the reference for people: docs/reference.md")
+    push = _add(verbs, "push", "upload a finished run's model, tokenizer and card to the hub, with your token")
+    push.add_argument("directory", metavar="RUN", help="a run's directory")
+    push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the model's id on the hub; made if it is new")
+    push.add_argument("--public", action="store_true", help="let anyone see it; default: private")
     completion = _add(verbs, "completion", "print what has a shell complete verbs, recipes and settings")
     completion.add_argument("shell", choices=["bash", "zsh"])
 

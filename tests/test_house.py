@@ -34,7 +34,7 @@ ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},
     "zmq": {f"teacher/{name}.py" for name in ("addresses", "heart", "members", "server")} | {"bench/transport.py"},
     "msgspec": {"teacher/messages.py", "teacher/addresses.py", "report/lines.py", "report/build.py"},
-    "plotly": {"report/figures.py"},
+    "plotly": {"report/figures.py", "study/drawing.py"},
     "jinja2": {"report/build.py", "data/template.py"},
     "playwright": set(),  # tests alone drive a browser
     "datasets": {"data/sources.py", "bench/trl.py"},

@@ -4,6 +4,7 @@ A model whose scores lie there already, for the same weights, rows, teacher and 
 and the verb `evaluate` (evaluating.py) go the same way.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deltakd.base.errors import RecipeError, RunError
 from deltakd.base.machine import machine_facts
-from deltakd.base.rundir import MODELS, RunDirectory
+from deltakd.base.rundir import FINISHED, MODELS, RunDirectory
 from deltakd.engine.protocol import device_name
 from deltakd.evaluate.compare import ModelScores, compare, write_comparison
 from deltakd.evaluate.protocols import PROTOCOLS, Protocol
@@ -24,6 +25,7 @@ from deltakd.losses.schedules import alpha_over_steps
 from deltakd.models.load import resolve
 from deltakd.models.settings import WeightsSettings, role_key
 from deltakd.recipe.asked import Asked, HeldOut, Shelf, Target, Weights
+from deltakd.recipe.card import card_scores
 from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.scoring import Scoring, gather
@@ -177,8 +179,18 @@ def finish(plan: Plan, console: Console) -> None:
     )
     facts = {**machine_facts(), "seed": recipe.seed, "protocol": plan.protocol.name, "asked": plan.protocol.facts()}
     write_comparison(result, facts, plan.folder)
+    _write_cards(plan)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
+
+
+def _write_cards(plan: Plan) -> None:
+    """Say on the card of every run's export among the models how it has scored."""
+    results = json.loads((plan.folder / "results.json").read_text())
+    for label, weights in plan.models.items():
+        run = RunDirectory(weights.path.parent)
+        if weights.path.resolve() == run.export.resolve() and (run.path / FINISHED).exists():
+            card_scores(run, results, label)
 
 
 def take_share(plan: Plan, index: int, count: int) -> None:

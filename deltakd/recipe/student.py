@@ -12,6 +12,7 @@ from deltakd.data.examples import ExampleSet
 from deltakd.engine.join import among_peers
 from deltakd.models.load import choose_attention
 from deltakd.recipe.build import build_parts, facts_of_run, meet
+from deltakd.recipe.card import write_card
 from deltakd.recipe.finished import find_checkpoint, is_finished
 from deltakd.recipe.inputs import Inputs, read_examples, read_inputs
 from deltakd.recipe.load import Loaded, dump_recipe
@@ -87,6 +88,7 @@ def _finish(run: RunDirectory, inputs: Inputs, parts: TrainParts, last_step: int
         run.export_best()
     last = run.last_line("steps.jsonl") or {}
     facts = {"steps": last_step, "loss": last.get("loss"), "best_step": best or None, "inputs": inputs.identities}
+    write_card(run)
     run.finish(facts | {"exported_step": best if takes_best else last_step})
     early = "" if last_step == recipe.train.steps else f" of {recipe.train.steps}, as validation.stop_after says"
     which = f"the model of step {best}" if takes_best else "the model"

@@ -1,12 +1,12 @@
 """Batches that the student writes itself: the prompts of a step's examples, answered by the student as it stands.
 
-A copy of the student, whole on every rank, writes: generation from sharded weights gathers them for every token. It
-takes the weights before every `refresh_steps`-th step and answers the prompts of all steps until the next time. Which
-steps are written, and every draw, depend on the seed and the step alone, so ranks only share the work out. What was
+A copy of the student, whole on every rank, writes: generation from sharded weights gathers them for every token. At the
+first written step of each block of `refresh_steps` it takes the weights and answers the prompts of all written steps of
+the block. Which steps these are depends on the seed and the step alone, and ranks only share the work out. What was
 written and not trained on yet, and what may be learnt again, is part of a checkpoint.
 
-    step      1   2   3   4 | 5   6   7   8 |         refresh_steps: 4
-    weights   of the start  | after step 4  |
+    step      1   2w  3   4w | 5w  6   7w  8 |        refresh_steps: 4, w: written
+    weights     after step 1 | after step 4  |
 """
 
 import time

@@ -1,15 +1,11 @@
-"""Lines over a common axis as one SVG file that any browser shows.
-
-Written by hand: matplotlib is a dependency of development alone, and a user's command must not want it.
-"""
+"""Lines over a common axis as one page that any browser shows, drawn by plotly, which the page brings along."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
+from typing import Any
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 260, 52, 12, 30, 36
-COLOURS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#6a4c93", "#444444")
 COLUMNS = 2
+HEIGHT = 320  # pixels of a panel
 
 
 @dataclass(frozen=True)
@@ -31,57 +27,33 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], axis: str = "alpha") -> str:
-    """Return the SVG of all panels, two beside each other."""
+    """Return a page of all panels, two beside each other; it needs no network."""
+    from plotly import graph_objects
+    from plotly.colors import qualitative
+    from plotly.subplots import make_subplots
+
     num_rows = -(-len(panels) // COLUMNS)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{COLUMNS * WIDTH}" height="{num_rows * HEIGHT}" '
-        'font-family="sans-serif" font-size="10">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    figure: Any = make_subplots(rows=num_rows, cols=COLUMNS, subplot_titles=[panel.title for panel in panels])
+    colours: dict[str, str] = {}  # a name has one colour in every panel
     for index, panel in enumerate(panels):
-        row, column = divmod(index, COLUMNS)
-        inside = "".join(_panel(panel, axis))
-        parts.append(f'<g transform="translate({column * WIDTH},{row * HEIGHT})">{inside}</g>')
-    return "\n".join([*parts, "</svg>\n"])
-
-
-def _panel(panel: Panel, axis: str) -> list[str]:
-    xs = [x for line in panel.lines for x in line.x]
-    ys = [y for line in panel.lines for y in line.y] + list(panel.levels.values())
-    (left, right), (low, high) = _range(xs), _range(ys)
-    bottom, end = HEIGHT - BOTTOM, WIDTH - RIGHT
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - left) / (right - left) * (end - LEFT)
-        return round(across, 1), round(bottom - (y - low) / (high - low) * (bottom - TOP), 1)
-
-    parts = [f'<text x="{LEFT}" y="16" font-size="12">{escape(panel.title)}</text>']
-    parts.append(f'<path d="M{LEFT} {TOP}V{bottom}H{end}" fill="none" stroke="#888"/>')
-    for share in (0, 0.5, 1):
-        value = low + share * (high - low)
-        parts.append(f'<text x="{LEFT - 4}" y="{place(left, value)[1] + 3}" text-anchor="end">{value:.3g}</text>')
-    for x in sorted(set(xs)):
-        parts.append(f'<text x="{place(x, low)[0]}" y="{bottom + 13}" text-anchor="middle">{x:g}</text>')
-    parts.append(f'<text x="{(LEFT + end) // 2}" y="{HEIGHT - 6}" text-anchor="middle">{escape(axis)}</text>')
-    named = []
-    for index, line in enumerate(panel.lines):
-        colour = COLOURS[index % len(COLOURS)]
-        points = [place(x, y) for x, y in zip(line.x, line.y, strict=True)]
-        path = " ".join(f"{x},{y}" for x, y in points)
-        parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        parts += [f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>' for x, y in points]
-        named.append((line.label, colour))
-    for index, (label, value) in enumerate(panel.levels.items(), len(panel.lines)):
-        colour, y = COLOURS[index % len(COLOURS)], place(left, value)[1]
-        parts.append(f'<path d="M{LEFT} {y}H{end}" stroke="{colour}" stroke-dasharray="4 3"/>')
-        named.append((label, colour))
-    for index, (label, colour) in enumerate(named if len(named) > 1 else ()):
-        parts.append(f'<text x="{LEFT + 8}" y="{TOP + 10 + 12 * index}" fill="{colour}">{escape(label)}</text>')
-    return parts
-
-
-def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Return the ends of an axis: a little more than the values, and never nothing."""
-    low, high = min(values), max(values)
-    pad = 0.05 * (high - low) or max(0.5, abs(high) * 0.05)
-    return low - pad, high + pad
+        place = {"row": index // COLUMNS + 1, "col": index % COLUMNS + 1}
+        xs = sorted({x for line in panel.lines for x in line.x})
+        levels = [Line(label, [xs[0], xs[-1]], [value, value]) for label, value in panel.levels.items()]
+        for line in [*panel.lines, *levels]:
+            is_new = line.label not in colours
+            colour = colours.setdefault(line.label, qualitative.Safe[len(colours) % len(qualitative.Safe)])
+            is_level = line in levels
+            trace = graph_objects.Scatter(
+                x=list(line.x),
+                y=list(line.y),
+                name=line.label,
+                legendgroup=line.label,
+                showlegend=is_new,
+                mode="lines" if is_level else "lines+markers",
+                line={"color": colour, "dash": "dash" if is_level else "solid"},
+            )
+            figure.add_trace(trace, **place)
+        figure.update_xaxes(title_text=axis, **place)
+    figure.update_layout(template="plotly_white", height=num_rows * HEIGHT)
+    page: str = figure.to_html(include_plotlyjs=True, full_html=True)
+    return page

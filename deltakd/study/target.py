@@ -3,7 +3,7 @@
 The teacher, its raw model and the raw student go over the first rows of data.validation once; their hidden states are
 kept in the cache, so that asking again loads no model. Then one pass over chunks serves the whole grid (outlook.py).
 
-    ROOT/target/target.json, table.md, curves.svg
+    ROOT/target/target.json, table.md, curves.html
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,8 +68,8 @@ def target(
     report = {**machine_facts(), "recipe": name, "overrides": list(overrides), "anchor": anchor, "rows": num_rows}
     write_json(folder / "target.json", report | asdict(found) | {"sentence": sentence})
     write_text(folder / "table.md", f"{text}\n{sentence}\n")
-    write_text(folder / "curves.svg", draw(_panels(found)))
-    print(f"{text}\n{sentence}\n\nResults: {folder}/target.json, table.md and curves.svg")
+    write_text(folder / "curves.html", draw(_panels(found)))
+    print(f"{text}\n{sentence}\n\nResults: {folder}/target.json, table.md and curves.html")
 
 
 def _asking_three(loaded: Loaded, alpha: float) -> Recipe:

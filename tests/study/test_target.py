@@ -1,8 +1,8 @@
 """What is said of a delta target before training: the numbers of plain torch in float64, and one pass of the models."""
 
 import json
+import re
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -108,8 +108,9 @@ def test_asked_again_for_other_alphas_no_model_is_loaded(asked, monkeypatch, cap
     assert ", 0 bytes to write" in said and "| 0.5 | 1 | " in said
     again = json.loads((asked.root / "target" / "target.json").read_text())["targets"][0]
     assert again == next(one for one in asked.found["targets"] if (one["alpha"], one["temperature"]) == (0.5, 1))
-    drawing = ElementTree.fromstring((asked.root / "target" / "curves.svg").read_text())
-    assert len([*drawing.iter("{http://www.w3.org/2000/svg}polyline")]) == 4  # a panel each, one temperature
+    page = (asked.root / "target" / "curves.html").read_text()
+    assert page.count('"mode":"lines+markers"') == 4  # a panel each, one temperature
+    assert re.search(r"<script[^>]*src=", page) is None  # it brings plotly along
     assert asked.found["sentence"].startswith("Neither raw model knows this text (cross-entropy")  # they are new
 
 

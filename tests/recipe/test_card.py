@@ -1,0 +1,69 @@
+"""The card of an export says what is in the run's own files, in the hub's format; nothing is pushed by mistake."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from deltakd.__main__ import main
+from deltakd.base.rundir import RunDirectory
+from deltakd.recipe.card import write_card
+
+
+def read(run):
+    card = (run / "export" / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(lab, capsys):
+    lab.train("carded")
+    run = lab.folder / "runs" / "carded"
+    front, body = read(run)
+    facts = json.loads((run / "run.json").read_text())
+    assert front["library_name"] == "transformers" and "deltakd" in front["tags"] and "model-index" not in front
+    assert facts["commit"] in body and f"{facts['data']['supervised_tokens']:,} supervised tokens" in body
+    assert str(lab.folder / "teacher") in body and "target `delta`" in body and "Not measured yet." in body
+    assert yaml.safe_load(body.split("```yaml\n")[1].split("```")[0]) == yaml.safe_load(
+        (run / "recipe.yaml").read_text()
+    )
+
+    words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", "evaluation.num_prompts=4"]
+    assert main(words) == 0, capsys.readouterr().err
+    results = json.loads((lab.folder / "runs" / "evaluations" / "paper" / "results.json").read_text())
+    (found,) = results["models"].values()
+    front, body = read(run)
+    scored = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
+    assert scored["rougeL"] == round(found["rougeL"], 4) and "Not measured yet" not in body
+    assert f"| cross_entropy | {found['cross_entropy']:.4f} |" in body
+
+
+def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
+    made = tmp_path / "run"
+    (made / "export").mkdir(parents=True)
+    for name in ("recipe.yaml", "run.json"):
+        (made / name).write_text((lab.folder / "runs" / "carded" / name).read_text())
+    recipe = yaml.safe_load((made / "recipe.yaml").read_text())
+    recipe["models"]["teacher"]["weights"] = "Qwen/Qwen2.5-7B"
+    (made / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_card(RunDirectory(made))
+    front, _ = read(made)
+    assert front["base_model"] == ["Qwen/Qwen2.5-7B"] and "datasets" not in front
+
+
+@pytest.mark.parametrize(
+    "words, changes, sentence",
+    [
+        (["nowhere", "--to", "me/it"], {}, "nowhere: no finished run."),
+        (["RUN", "--to", "it"], {}, "--to: it is no id of the hub."),
+        (["RUN", "--to", "me/it"], {"HF_HUB_OFFLINE": "1"}, "push: HF_HUB_OFFLINE is set"),
+        (["RUN", "--to", "me/it"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "push: the hub failed at who you are ("),
+    ],
+)
+def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, words, changes, sentence):
+    run = str(lab.folder / "runs" / "carded")
+    given = [f"{name}={value}" for name, value in changes.items()]
+    push = [run if word == "RUN" else word for word in words]
+    done = lab.run("env", "-u", "HF_HUB_OFFLINE", *given, sys.executable, "-m", "deltakd", "push", *push)
+    assert done.returncode == 2 and f"deltakd: {sentence}" in done.stderr and "Traceback" not in done.stderr
