@@ -20,6 +20,7 @@ from deltakd.report.find import Found, find
 from deltakd.report.gaps import gaps, scored_runs
 from deltakd.report.recipes import differences
 from deltakd.report.run import Run, read_runs
+from deltakd.report.sweeps import Response, responses
 
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("page.js", "examples.js")
@@ -34,6 +35,7 @@ class Material:
     runs: Sequence[Run]
     evaluations: Sequence[Evaluation]
     tables: Sequence[Table]
+    responses: Sequence[Response]
 
 
 def gather(paths: Sequence[str]) -> Material:
@@ -42,7 +44,8 @@ def gather(paths: Sequence[str]) -> Material:
     most = max(FEWEST_POINTS, min(MOST_POINTS, POINTS // max(1, len(found.runs))))
     runs = read_runs([(found.name(path), path) for path in found.runs], most)
     evaluations = [methods.read_evaluation(found.name(path), path) for path in found.evaluations]
-    return Material(found, runs, evaluations, methods.tables(evaluations))
+    found_responses = [one for path in found.sweeps for one in responses(found.name(path), path)]
+    return Material(found, runs, evaluations, methods.tables(evaluations), found_responses)
 
 
 def page(material: Material, title: str) -> str:
@@ -54,7 +57,7 @@ def page(material: Material, title: str) -> str:
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"metric": methods.title, "number": methods.number}
-    sections = charts(runs)
+    sections = charts(runs, material.responses)
     places = {run.name: index for index, run in enumerate(runs)}
     colours = {key: places[name] for key, name in scored_runs(runs, material.evaluations).items()}
     return environment.get_template("page.html").render(

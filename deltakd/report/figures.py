@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltakd.report.run import Run
+from deltakd.report.sweeps import Response
 from deltakd.report.thin import Curve, Floats
 
 PHASES = {
@@ -82,13 +83,14 @@ def plotly_source() -> str:
     return source
 
 
-def charts(runs: Sequence[Run]) -> dict[str, list[dict[str, Any]]]:
+def charts(runs: Sequence[Run], found: Sequence[Response] = ()) -> dict[str, list[dict[str, Any]]]:
     """Return every chart that there is something to show in, by the page's section."""
     return {
         "training": [_of_curves(plan, runs) for plan in TRAINING if _known(plan, runs)],
         "validation": [_validated(plan, runs) for plan in VALIDATION if _validated_at_all(plan, runs)],
         "time": [*_phases(runs), *(_of_curves(plan, runs) for plan in RATES if _known(plan, runs))],
         "writing": [_of_curves(plan, runs) for plan in WRITING if _known(plan, runs)],
+        "sweeps": [_response(one) for one in found],
         "memory": [_of_curves(plan, runs) for plan in MEMORY if _known(plan, runs)],
     }
 
@@ -162,6 +164,30 @@ def _validated(plan: Plan, runs: Sequence[Run]) -> dict[str, Any]:
             line = _line(index, "mean", x, y) | {"mode": "lines+markers", "hovertemplate": _hover(run.name, plan)}
             traces.append(line)
     return _chart(plan, traces, "validation_")
+
+
+def _response(one: Response) -> dict[str, Any]:
+    """Return one metric over a setting: means over seeds, and from the lowest to the highest seed."""
+    traces = []
+    for index, (name, points) in enumerate(one.lines.items()):
+        x, y, low, high, words = (list(part) for part in zip(*points, strict=True))
+        down, up = ([abs(end - at) for at, end in zip(y, ends, strict=True)] for ends in (low, high))
+        hover = f"<b>{escaped(name)}</b><br>{escaped(one.setting)} %{{x}}: %{{y:.4g}}<br>%{{text}}<extra></extra>"
+        trace = {
+            "type": "scatter",
+            "mode": "lines+markers",
+            "x": x,
+            "y": y,
+            "name": escaped(name),
+            "error_y": {"type": "data", "symmetric": False, "arrayminus": down, "array": up},
+            "text": [escaped(word) for word in words],
+            "hovertemplate": hover,
+            "meta": {"kind": "response", "line": index, "legend": len(one.lines) > 1},
+        }
+        traces.append(trace)
+    plan = Plan(one.id, one.title, "", about="Means over seeds; bars from the lowest to the highest seed.")
+    layout = {"xaxis": {"title": {"text": escaped(one.setting)}}, "yaxis": {"title": {"text": ""}}}
+    return _described(plan, traces, layout)
 
 
 def _phases(runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""What lies in the folders that a report is asked for: run directories and evaluations.
+"""What lies in the folders that a report is asked for: run directories, evaluations and sweeps.
 
 It looks at names only, and not into what a run keeps for itself (weights, logs, checkpoints).
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deltakd.base.errors import RunError
 
-RECIPE, RESULTS = "recipe.yaml", "results.json"
+RECIPE, RESULTS, SWEEP = "recipe.yaml", "results.json", "sweep.json"
 WITHIN = frozenset({"scores", "predictions"})  # of an evaluation
 CLOSED = WITHIN | {"checkpoints", "export", "export.part", "tensorboard", "logs", "status", "models", "best", "faulty"}
 CLOSED |= {"service", "tokens", "trace", "world", "tokenizer", "wandb"}
@@ -19,11 +19,12 @@ MOST_DEEP = 5
 
 @dataclass(frozen=True)
 class Found:
-    """Folders of runs and of evaluations, each once, and the folder that their names are relative to."""
+    """Folders of runs, of evaluations and of sweeps, each once, and the folder that their names are relative to."""
 
     root: Path
     runs: Sequence[Path]
     evaluations: Sequence[Path]
+    sweeps: Sequence[Path]
 
     def name(self, folder: Path) -> str:
         """Return what a folder is called in the report."""
@@ -33,7 +34,7 @@ class Found:
 
 def find(paths: Sequence[str]) -> Found:
     """Find every run and evaluation under `paths`. Raises RunError where a path holds neither, or is not there."""
-    runs, evaluations = dict[Path, None](), dict[Path, None]()
+    runs, evaluations, sweeps = dict[Path, None](), dict[Path, None](), dict[Path, None]()
     for text in paths:
         path = Path(text).resolve()
         if not path.is_dir():
@@ -41,6 +42,8 @@ def find(paths: Sequence[str]) -> Found:
         before = len(runs) + len(evaluations)
         known = path in runs or path in evaluations
         for folder in _folders(path):
+            if (folder / SWEEP).is_file():
+                sweeps[folder] = None
             if (folder / RECIPE).is_file():
                 runs[folder] = None
             elif (folder / RESULTS).is_file() or any((folder / name).is_dir() for name in WITHIN):
@@ -51,7 +54,7 @@ def find(paths: Sequence[str]) -> Found:
                 "Write the directory that a run has made, as runs/quickstart/delta."
             )
     parents = [str(folder.parent) for folder in (*runs, *evaluations) if folder.parent not in runs]
-    return Found(Path(os.path.commonpath(parents)), list(runs), list(evaluations))
+    return Found(Path(os.path.commonpath(parents)), list(runs), list(evaluations), list(sweeps))
 
 
 def _inside(path: Path, folders: Sequence[Path]) -> bool:

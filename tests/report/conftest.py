@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from deltakd.__main__ import main
-from tests.report.made import make_evaluation, make_run
+from tests.report.made import make_evaluation, make_run, make_sweep
 
 # Without them Chromium asks its maker's hosts for news at every start, and root cannot start it.
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -46,6 +46,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     written = '{"step": %d, "answers": 8, "tokens": 80, "fraction": 0.5, "s": 0.5}\n'
     (runs / "delta" / "rollouts.jsonl").write_text("".join(written % step for step in (1, 21, 41)))
     make_evaluation(runs / "evaluation", ["sft", "delta", "elsewhere"], "sft", {"delta": EVIL})
+    make_sweep(runs / "sweeps" / "by_alpha", EVIL_NAME)
     assert main(["report", str(runs), "-o", str(root / "report.html"), "--title", "made <here>"]) == 0
     return root / "report.html"
 

@@ -113,6 +113,25 @@ def make_evaluation(folder: Path, labels: list[str], baseline: str, answers: dic
     return folder
 
 
+def make_sweep(folder: Path, evil: str) -> Path:
+    """Make what a sweep over alpha and another setting has found, from two seeds."""
+
+    def found(value: float) -> dict[str, Any]:
+        difference = {"mean": value / 10, "low": value / 10 - 0.01, "high": value / 10 + 0.01} if value else None
+        return {"mean": 0.5 + value / 10, "by_seed": [0.48 + value / 10, 0.52 + value / 10], "difference": difference}
+
+    def points(alphas: list[float]) -> list[dict[str, Any]]:
+        return [{"value": a, "metrics": {name: found(a) for name in ("rougeL", "cross_entropy")}} for a in alphas]
+
+    curves = [{"at": {"data.x": word}, "points": points([0.0, 0.5, 1.0])} for word in ("one", evil)]
+    short = {"objective.target.alpha": "alpha", "data.x": "x"}
+    folder.mkdir(parents=True)
+    of_words = [{"at": {}, "points": [{"value": "one", "metrics": {}}]}]
+    sweep = {"short": short, "curves": {"objective.target.alpha": curves, "data.x": of_words}}
+    (folder / "sweep.json").write_text(json.dumps(sweep))
+    return folder
+
+
 def make_many(folder: Path, num_runs: int, num_steps: int) -> None:
     """Make runs of the same length; eight of them are different, the others repeat their numbers."""
     for index in range(num_runs):

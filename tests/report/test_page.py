@@ -11,6 +11,7 @@ from tests.report.conftest import EVIL, EVIL_NAME
 ALL_CHARTS = {"loss", "cross_entropy", "kl_to_target", "grad_norm", "learning_rate", "alpha", "student_entropy"}
 ALL_CHARTS |= {"validation_loss", "validation_cross_entropy", "validation_kl_to_target", "validation_rougeL"}
 ALL_CHARTS |= {"phases", "shares", "tokens_per_s", "waiting", "answer_tokens", "on_policy", "memory"}
+ALL_CHARTS |= {f"sweeps/by_alpha: {metric} over alpha" for metric in ("rougeL", "cross_entropy")}
 
 
 def data_of(report):
@@ -114,7 +115,7 @@ def test_a_run_has_one_colour_in_every_chart_and_table_and_a_click_hides_it_ever
     page = one.page
     colours = page.evaluate(
         "all('.plot').flatMap((plot) => plot.data).filter((trace) => trace.type !== 'bar')"
-        ".filter((trace) => data.runs[trace.meta.run].name === 'delta').map((trace) => trace.line.color)"
+        ".filter((trace) => data.runs[trace.meta.run]?.name === 'delta').map((trace) => trace.line.color)"
     )
     swatch = page.evaluate("colour('run1')")
     assert set(colours) == {swatch} and len(colours) > 10

@@ -90,14 +90,15 @@ function layoutOf(chart, figure) {
   const font = { family: getComputedStyle(document.body).fontFamily, size: 12, color: colour("soft") };
   const isBars = chart.data[0]?.type === "bar";
   const log = figure.querySelector(".log")?.getAttribute("aria-pressed") === "true";
-  const relative = !isBars && document.getElementById("relative")?.checked;
+  const isResponse = chart.data[0]?.meta.kind === "response";
+  const relative = !isBars && !isResponse && document.getElementById("relative")?.checked;
   const x = relative ? { ...chart.layout.xaxis, title: { text: "share of the run" }, tickformat: ".0%" } : chart.layout.xaxis;
   const rows = Math.max(1, ...chart.data.map((trace) => (isBars ? trace.meta.runs.filter((run) => shown.has(run)).length : 1)));
   return {
     ...chart.layout, font, xaxis: axis(x), yaxis: axis(chart.layout.yaxis, log), bargap: 0.35,
     height: isBars ? 110 + 24 * rows : narrow.matches ? 240 : 290,
     margin: { l: 8, r: 14, t: 6, b: 8 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
-    showlegend: isBars, legend: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", traceorder: "normal", font: { size: 11.5 } },
+    showlegend: isBars || (isResponse && chart.data[0].meta.legend), legend: { orientation: "h", x: 0, xanchor: "left", y: 1, yanchor: "bottom", traceorder: "normal", font: { size: 11.5 } },
     hovermode: "closest", dragmode: narrow.matches ? false : "zoom", uirevision: `${relative}`,
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink"), size: 12 } },
   };
@@ -113,6 +114,10 @@ function tracesOf(chart) {
       return { ...trace, x: kept.map((at) => trace.x[at]), y, marker: { color: colour(trace.meta.phase) } };
     }
     const { run, kind } = trace.meta;
+    if (kind === "response") {
+      const line = { color: runColour(trace.meta.line), width: 2, dash: DASHES[dashOf(trace.meta.line)] };
+      return { ...trace, line, marker: { size: 7 }, error_y: { ...trace.error_y, color: line.color, thickness: 1.2, width: 3 } };
+    }
     const width = kind === "raw" ? 1 : crowded ? 1.2 : 2;
     const line = { color: runColour(run), width, dash: kind === "raw" ? "solid" : DASHES[dashOf(run)] };
     const visible = shown.has(run) && (kind !== "raw" || raw);
@@ -138,7 +143,7 @@ function relativeTo(trace) {
 
 for (const chart of data.charts) {
   for (const trace of chart.data) {
-    if (trace.type === "bar") continue;
+    if (trace.type === "bar" || trace.meta.kind === "response") continue;
     const last = numbers(trace.x).at(-1) ?? 0;
     longest.set(trace.meta.run, Math.max(longest.get(trace.meta.run) ?? 0, last));
   }
