@@ -53,8 +53,13 @@ def bench(shape: str, turns: Turns, out: Path) -> None:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={turns.ranks}"]
     rank = ["-m", "deltakd.bench.writer", str(recipe), str(turns.prompts), str(turns.rounds), str(turns.train_steps)]
     # It learns from the rows alone: frozen models have no part in how fast a student writes.
-    training = [f"run={RUN}", "engine={name: deepspeed, zero_stage: 3}", "objective.sft_weight=1.0"]
-    answers = f"rollouts={{max_new_tokens: {turns.new_tokens}, seed: {turns.seed}}}"
+    training = [
+        f"run={RUN}",
+        f"seed={turns.seed}",
+        "engine={name: deepspeed, zero_stage: 3}",
+        "objective.sft_weight=1.0",
+    ]
+    answers = f"rollouts={{max_new_tokens: {turns.new_tokens}}}"
     print(f"student ranks: {turns.ranks}, rounds: {turns.rounds}; their output goes to {log}", flush=True)
     watched = watch([*start, *rank, *training, answers], run / LINES, log)
     lines = [line | rates(line, turns.refresh_steps) for line in watched.steps]

@@ -118,7 +118,7 @@ def main(recipe: str, each: str, rounds: str, train_steps: str, *overrides: str)
     parts = build_parts(inputs, examples, role, world, None)
     prompts = own_prompts(examples, int(each), world)
     rollouts, arms = loaded.recipe.rollouts, Arms(inputs, parts, prompts)
-    settings = rollouts.sampling(rollouts.max_new_tokens, seed=0)
+    settings = rollouts.sampling(rollouts.max_new_tokens, loaded.recipe.seed)
     run = RunDirectory(Path(loaded.recipe.directory))
     steps = enumerate(parts.steps(0), start=1)
     for number in range(int(rounds) + 1):

@@ -73,7 +73,9 @@ def slurm(asked: Asked) -> list[Line]:
     except (OSError, IndexError, subprocess.TimeoutExpired) as fault:
         return [warning("slurm", f"sbatch --version fails ({type(fault).__name__})", "Ask whoever runs the cluster")]
     if said.returncode:
-        return [error("slurm", f"sbatch --version fails ({version[:120]})", "Look at SLURM_CONF")]
+        why, todo = f"sbatch --version fails ({version[:120]})", "Look at SLURM_CONF"
+        # Outside a job that is no fault of this machine: Slurm may lie here and nobody run a cluster with it.
+        return [error("slurm", why, todo) if job else warning("slurm", why, todo)]
     if job is None:
         return [ok("slurm", f"{version}; outside any job", version=version)]
     keys = ("JOB_NODELIST", "NTASKS", "CPUS_PER_TASK", "JOB_PARTITION")
