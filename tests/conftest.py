@@ -13,7 +13,7 @@ import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGKILL
+from signal import SIG_DFL, SIGHUP, SIGKILL, signal
 from subprocess import PIPE
 
 import psutil
@@ -37,6 +37,8 @@ settings.register_profile("same", derandomize=True)
 settings.load_profile("same")
 
 REPOSITORY = Path(__file__).parents[1]
+# A suite that nohup started would hand its deafness for SIGHUP on to every run that a test sends one.
+signal(SIGHUP, SIG_DFL)
 DEADLINE_S = 600  # of a command, on a busy machine
 NAMES = ["anna", "bela", "carl", "dora", "emil", "frida", "gustav", "hanna"]
 THINGS = ["apple", "book", "cat", "drum", "egg", "fan", "goat", "hat", "ink", "jar"]

@@ -100,6 +100,7 @@ def test_bench_step_refuses_an_arm_that_is_none(tmp_path, capsys):
     assert "--arms: fast is not known. Write some of sft, " in capsys.readouterr().err
 
 
+@pytest.mark.soak
 def test_bench_rollouts_writes_the_same_answers_with_a_copy_and_from_shards(tmp_path, capsys):
     """Two ranks under ZeRO-3. The ratios are what each round's own seconds say."""
     out = tmp_path / "rollouts.json"

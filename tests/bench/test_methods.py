@@ -145,6 +145,7 @@ def command(lab, tmp_path_factory):
     return folder, ["bench", "methods", f"--bases={folder}/tiny.yaml", *few, "evaluation.num_prompts=4"]
 
 
+@pytest.mark.soak
 def test_the_command_trains_scores_and_writes_and_does_nothing_twice(command, capsys, monkeypatch):
     folder, words = command
     assert main([*words, "--seeds=3", "--jobs=2"]) == 0, capsys.readouterr().err

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.run.running import ZERO_3, Running, curve, same_weights
 
-STEPS = 40  # far enough that a test which waits for the third is heard before the end on a busy machine
+STEPS = 20
 STOPPED = 75
 QUICK = ("teachers.silent_s=1.5", "teachers.heartbeat_s=0.2", ZERO_3)
 # One process that starts no other, for what does not depend on who shards the student or answers for the teachers.
