@@ -13,6 +13,7 @@ from torch import Tensor
 
 from deltakd.losses import objective
 from deltakd.losses.policy import Draws, returns, rewards
+from tests.losses.golden import PLAIN
 
 VOCAB = 5
 # Three tokens over a vocabulary of five; no model agrees with another on the order of any row.
@@ -78,18 +79,7 @@ def sampled(
     reward: Weights, scale: float = 1.0, constant: float = 0.0, target: dict | None = None, weight: float = 0.0
 ) -> Tensor:
     """The gradient of the sampled form, every token of the vocabulary being drawn at its probability."""
-    block = {
-        "reward": dict(reward),
-        "reward_scale": scale,
-        "reward_clip": None,
-        "discount": 0.0,
-        "own_reward": True,
-        "length_normalised": False,
-        "whiten": False,
-        "ratio_clip": None,
-        "importance_weights": True,
-        "divergence_weight": weight,
-    }
+    block = PLAIN | {"reward": dict(reward), "reward_scale": scale, "divergence_weight": weight}
     divergence = {"target": target or "teacher", "divergence": "reverse_kl"}
     loss = objective({**divergence, "policy_gradient": block})
     settings = loss.settings.policy_gradient
