@@ -132,7 +132,7 @@ def _judge(seconds: int) -> None:
 def _parsed(parse: Any, text: str) -> list[Any]:
     try:
         return list(parse(f"{BOX}{text}}}", parsing_timeout=None))
-    except Exception:
+    except Exception:  # a text of a model, which no parser foresees: not an answer, so not right
         return []
 
 
