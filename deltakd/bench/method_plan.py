@@ -90,6 +90,11 @@ def read_method(base: Base, name: str) -> Method:
         )
     added = read_added(f"{BASELINES}{name}")
     stages: Sequence[Mapping[str, Any]] = added.get("pipeline", [])
+    if not isinstance(stages, list):
+        raise RunError(
+            f"recipes/{BASELINES}{name}: its pipeline changes stages of what it extends, which says nothing of "
+            "another base. Write the stages out as a list, or leave it out of --methods."
+        )
     trained = [stage["train"] for stage in stages if "train" in stage]
     writing = [stage for stage in stages if "generate" in stage]
     if len(trained) > 1 or len(writing) > 1:

@@ -15,7 +15,17 @@ from pydantic import ValidationError
 import deltakd
 from deltakd.base.errors import RecipeError
 from deltakd.recipe.explain import closest, explain, shown
-from deltakd.recipe.marks import COMMAND_LINE, Marked, merge, nearest, plain, read_file, read_value, replace_in_texts
+from deltakd.recipe.marks import (
+    COMMAND_LINE,
+    Marked,
+    merge,
+    names_in,
+    nearest,
+    plain,
+    read_file,
+    read_value,
+    replace_in_texts,
+)
 from deltakd.recipe.schema import Recipe
 
 SUFFIXES = (".yaml", ".yml")
@@ -177,18 +187,22 @@ def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
             raise RecipeError(f"{COMMAND_LINE}: {override}: not a setting. Write it as train.steps=100.")
         for depth in range(1, len(steps)):
             above, reached = nearest(tree, steps[:depth])
-            if reached == depth and isinstance(above.value, list):
+            if reached == depth and isinstance(above.value, list) and steps[depth] not in names_in(above):
                 listed = ".".join(steps[:depth])
-                raise RecipeError(
-                    f"{COMMAND_LINE}: {key}: {listed} is a list, and lists are replaced whole. "
-                    f"Write {listed}=[...], or edit {above.place}."
-                )
+                raise RecipeError(f"{COMMAND_LINE}: {key}: {listed} {_addressed(listed, above)}")
         value = read_value(text, key)
         for step in reversed(steps):
             value = Marked({step: value}, COMMAND_LINE)
         together = merge(together, value)
     # Without overrides the top level keeps its own place, which errors about missing keys name.
     return Marked(merge(tree, together).value, tree.place)
+
+
+def _addressed(key: str, listed: Marked) -> str:
+    names = names_in(listed)
+    if not names:
+        return f"is a list, and lists are replaced whole. Write {key}=[...], or edit {listed.place}."
+    return f"is a list of {', '.join(names)}. Write {key}.{names[0]}... for one of them, or edit {listed.place}."
 
 
 def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str]) -> Marked:

@@ -61,14 +61,34 @@ def merge(base: Marked, over: Marked) -> Marked:
     """Lay `over` on `base`: mappings merge key by key, anything else replaces.
 
     A mapping whose `name` changes replaces too, since settings of one named part mean nothing to another. A name alone
-    under settings of its part (`divergence=jsd divergence.beta=0.3`) is the mapping with that name.
+    under settings of its part (`divergence=jsd divergence.beta=0.3`) is the mapping with that name. A mapping laid on
+    a list of named mappings, as a pipeline is, names those that it changes. Raises RecipeError for a name that is none.
     """
+    if isinstance(over.value, dict) and over.value and (names := names_in(base)):
+        return _merge_named(base, names, over)
     if not isinstance(base.value, dict) or not isinstance(over.value, dict) or _changes_name(base.value, over.value):
         return over
     merged = dict(base.value)
     for key, child in over.value.items():
         merged[key] = merge(_spelt_out(key, merged[key]), _spelt_out(key, child)) if key in merged else child
     return Marked(merged, over.place)
+
+
+def names_in(tree: Marked) -> list[str]:
+    """Return the names of a list's items, in order; [] for what is no list of named mappings."""
+    items = tree.value if isinstance(tree.value, list) else []
+    names = [item.value["name"].value for item in items if isinstance(item.value, dict) and "name" in item.value]
+    return names if len(names) == len(items) and all(isinstance(name, str) for name in names) else []
+
+
+def _merge_named(base: Marked, names: Sequence[str], over: Marked) -> Marked:
+    for name, child in over.value.items():
+        if name not in names:
+            raise RecipeError(f"{child.place}: {name}: nothing here has this name. Write one of {', '.join(names)}.")
+    items = [
+        merge(item, over.value.get(name, Marked({}, item.place))) for name, item in zip(names, base.value, strict=True)
+    ]
+    return Marked(items, base.place)
 
 
 def _spelt_out(key: str, tree: Marked) -> Marked:
@@ -100,7 +120,9 @@ def nearest(tree: Marked, path: Sequence[str | int]) -> tuple[Marked, int]:
     """Follow `path` as far as it is set; return what is there and how many steps were taken."""
     for depth, step in enumerate(path):
         children = tree.value
-        if isinstance(children, list) and str(step).isdecimal() and int(step) < len(children):
+        if step in (names := names_in(tree)):
+            tree = children[names.index(str(step))]
+        elif isinstance(children, list) and str(step).isdecimal() and int(step) < len(children):
             tree = children[int(step)]
         elif isinstance(children, dict) and step in children:
             tree = children[step]

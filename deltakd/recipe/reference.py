@@ -41,6 +41,8 @@ def json_schema() -> dict[str, Any]:
     schema["properties"] = {"extends": extends, **schema["properties"]}
     stage = parts["StageSettings"]["properties"]["train"]
     stage["anyOf"] = [{"$ref": "#"}, {"type": "null"}]
+    stages = schema["properties"]["pipeline"]  # a list of one's own, or by name what changes in the extended one's
+    stages |= {"type": ["array", "object"], "additionalProperties": stages["items"]}
     for key in NAMED_BY_A_WORD:
         field = parts["ObjectiveSettings"]["properties"][key]
         names = [tag for model in models_of(_field("objective", key).annotation) for tag in tags_of(model)]

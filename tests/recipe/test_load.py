@@ -168,6 +168,22 @@ def test_of_several_that_are_extended_the_later_ones_bring_what_they_add_but_not
     assert "extends: [] is no file" in refusal(written("extends: []\n"))
 
 
+def test_a_stage_is_changed_by_its_name_from_a_file_and_from_the_command_line():
+    path = written("extends: child\npipeline:\n  words: {tokenizer: {vocab_size: 400}}\n  sft: {train: {seed: 4}}\n")
+    recipe = load_recipe(path)
+    assert [stage.name for stage in recipe.pipeline] == ["words", "sft"]
+    assert (recipe.pipeline[0].tokenizer.vocab_size, recipe.pipeline[0].tokenizer.files) == (
+        400,
+        ["runs/case/rows.jsonl"],
+    )
+    stage = load_recipe(path, ["pipeline.sft.train.train.steps=9", "pipeline.sft.train.seed=5"], "sft")
+    assert (stage.train.steps, stage.seed, stage.objective.sft_weight, stage.train.learning_rate) == (9, 5, 1.0, 1.0e-3)
+    assert load_recipe(path, ["pipeline.sft.train.seed=5", "train.steps=7"], "sft").train.steps == 7
+    assert "recipes/case.yaml:2: word: nothing here has this name" in refusal(
+        written("extends: child\npipeline: {word: {tokenizer: {vocab_size: 400}}}\n")
+    )
+
+
 def test_a_text_may_stand_for_the_weights_of_a_model_of_the_recipe_whoever_sets_them():
     pipeline = (
         "pipeline:\n  - {name: t, train: {models: {student: {weights: '{models.teacher_raw.weights}'}}}}\n"
@@ -209,7 +225,10 @@ REFUSED_OVERRIDES = {
     "root={root}/x": "root: not YAML: expected '<document start>', but found '<scalar>'. Write a text that starts",
     "train.steps=": "train.steps: no value. Write train.steps=VALUE, or train.steps=null.",
     "train.steps": "train.steps: not a setting. Write it as train.steps=100.",
-    "pipeline.0.name=x": "pipeline.0.name: pipeline is a list, and lists are replaced whole. Write pipeline=[...],",
+    "pipeline.0.name=x": "pipeline.0.name: pipeline is a list of words, sft. Write pipeline.words... for one of ",
+    "pipeline={x: {train: {}}}": "x: nothing here has this name. Write one of words, sft.",
+    "pipeline.words.tokenizer.files.0=x": "pipeline.words.tokenizer.files.0: pipeline.words.tokenizer.files is a list, "
+    "and lists are replaced whole. Write pipeline.words.tokenizer.files=[...], or edit recipes/child.yaml:6.",
 }
 
 
