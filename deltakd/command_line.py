@@ -36,6 +36,7 @@ EXAMPLES = {
     "stages": "stages ultrachat",
     "evaluate": "evaluate quickstart --model delta",
     "sweep": "sweep quickstart objective.target.alpha=0,0.5 seed=1,2,3",
+    "study": "study delta_small --rows small_math=math_train.jsonl.gz --jobs 2",
     "target": "target quickstart --temperatures 1,2",
     "push": "push runs/quickstart/delta --to OWNER/NAME",
     "compare": "compare quickstart --run delta",
@@ -83,7 +84,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", action="store_true", help="refuse to begin: go on from a checkpoint, or not at all")
     _add_writing_verbs(verb)
     _add_evaluate(verb)
-    add_study(verb)
+    add_study(verb, lambda name, text: _add(verbs, name, text))
     _add_job_verbs(verbs, verb)
     watch = _add(verbs, "watch", "watch a running job: ranks, queues, tokens/s, bytes/s, waiting, restarts")
     watch.add_argument("directory", metavar="RUN", help="a run's directory")

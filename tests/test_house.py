@@ -23,12 +23,12 @@ LAYERS = {
     "recipe": 5,
     "bench": 6,
     "report": 6,
-    "study": 6,
     "plan": 6,
     "doctor": 6,
-    "command_line": 7,
-    "__main__": 8,
-    "launchers": 9,
+    "study": 7,
+    "command_line": 8,
+    "__main__": 9,
+    "launchers": 10,
 }
 ADAPTERS = {
     "deepspeed": {"engine/deepspeed.py"},

@@ -82,6 +82,12 @@ def _add_methods(methods: argparse.ArgumentParser) -> None:
     methods.add_argument(
         "--steps", help="updates of every student: a number, or one for each base; default: the base's train.steps"
     )
+    methods.add_argument(
+        "--learning-rates",
+        metavar="RATE,RATE",
+        help="each method has the one with the least cross-entropy on held-out rows behind those of the table; "
+        "default: the base's, for all",
+    )
     methods.add_argument("--jobs", type=int, default=1, help="trainings at a time, of one thread each; default 1")
     methods.add_argument(
         "--engine", default="single", help="default single, with frozen models beside the student in its process"
@@ -183,12 +189,20 @@ def _run_methods(options: argparse.Namespace) -> None:
             steps=_numbers("--steps", options.steps) if options.steps else [],
             jobs=options.jobs,
             engine=options.engine,
+            rates=_rates(options.learning_rates) if options.learning_rates else [],
             root=options.root,
             out=options.out,
-            data={name: paths.split(",") if paths else [] for name, paths in given.items()},
+            data={name: paths or "" for name, paths in given.items()},
             overrides=options.overrides,
         )
     )
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise RunError(f"--learning-rates: {text} are no numbers. Write them by commas: 1e-3,3e-3.") from None
 
 
 def _run_of_recipe(options: argparse.Namespace) -> None:

@@ -5,8 +5,8 @@ that adds to the recipe it extends, apart from where it lies and its pipeline. E
 method's blocks as overrides, so all methods have the base's models, data, batches and number of steps.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ NOT_ADDED = frozenset({"root", "run", "pipeline", "seed"})
 # Where responses are learnt instead of the base's rows, nothing that chose among those is left.
 ALL_ROWS: dict[str, Any] = {"skip_rows": 0, "num_rows": None, "where": None, "max_characters": None}
 ALL_ROWS |= {"subset": None, "revision": None, "split": "train"}
+RATE = "train.learning_rate"
 SET_HERE = ("root", "run", "seed", "pipeline")
 
 
@@ -138,22 +139,39 @@ def _overrides(blocks: Mapping[str, Any]) -> list[str]:
     return [as_override(key, value) for key, value in blocks.items() if key not in NOT_ADDED]
 
 
-def plan(base: Base, methods: Sequence[str], seeds: Sequence[int], steps: int | None, engine: str) -> list[Run]:
+def plan(
+    base: Base,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    steps: int | None,
+    engine: str,
+    rates: Mapping[str, float] | None = None,
+    within: str = "",
+) -> list[Run]:
     """Return a run for each seed and method, all of the same number of steps; a seed's are together.
 
-    Raises RecipeError for a method that cannot be laid on the base.
+    `rates` holds learning rates that some methods have of their own; the runs lie in the folder `within`. Raises
+    RecipeError for a method that cannot be laid on the base.
     """
     chosen = [read_method(base, name) for name in methods]
+    chosen = [with_rate(one, rates[one.name]) if rates and one.name in rates else one for one in chosen]
     steps = base.load().recipe.train.steps if steps is None else steps
-    return [run for seed in seeds for run in _runs(base, chosen, seed, steps, engine)]
+    return [
+        plan_of(base, one, seed, steps, engine, f"{within}{one.name}_seed{seed}") for seed in seeds for one in chosen
+    ]
 
 
-def _runs(base: Base, methods: Sequence[Method], seed: int, steps: int, engine: str) -> Iterator[Run]:
+def with_rate(method: Method, rate: float) -> Method:
+    """Return the method with a learning rate of its own, which wins over its recipe's."""
+    return replace(method, blocks=[*method.blocks, as_override(RATE, rate)])
+
+
+def plan_of(base: Base, method: Method, seed: int, steps: int, engine: str, run: str) -> Run:
+    """Return one training in the folder `run`. Raises RecipeError where the method cannot be laid on the base."""
     placed = [as_override("engine", {"name": engine}), *(["references.from=in_process"] if engine == "single" else [])]
-    for method in methods:
-        here = [f"root={base.root}", f"run={method.name}_seed{seed}", f"seed={seed}", f"train.steps={steps}"]
-        here.append("pipeline=[]")  # the base's: its evaluation would ask for held-out rows that a method may not read
-        overrides = [*base.rows, *method.blocks, *base.own, *placed, *here]
-        loaded = load(base.name, overrides)
-        check_recipe(loaded.recipe, loaded.where)
-        yield Run(base, method, seed, overrides, loaded.recipe)
+    here = [f"root={base.root}", f"run={run}", f"seed={seed}", f"train.steps={steps}"]
+    here.append("pipeline=[]")  # the base's: its evaluation would ask for held-out rows that a method may not read
+    overrides = [*base.rows, *method.blocks, *base.own, *placed, *here]
+    loaded = load(base.name, overrides)
+    check_recipe(loaded.recipe, loaded.where)
+    return Run(base, method, seed, overrides, loaded.recipe)

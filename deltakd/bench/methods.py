@@ -5,7 +5,7 @@ per seed, and all students answer the same held-out prompts. Whatever is there a
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from deltakd.base.processes import use_threads
 from deltakd.base.rundir import ROLLOUTS, RunDirectory
 from deltakd.bench.method_plan import SET_HERE, Base, Run, plan
 from deltakd.bench.method_table import Measured, markdown, summarise
+from deltakd.bench.rates import RATES, SEED, choose, describe, rate_runs
 from deltakd.evaluate.compare import ModelScores
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.recipe import generating, pipeline
 from deltakd.recipe.evaluation import score_models
-from deltakd.recipe.load import as_override
 from deltakd.recipe.paths import check_paths
+from deltakd.recipe.rows_given import row_overrides
 from deltakd.recipe.stages import stages_behind
 from deltakd.recipe.trainings import WALL, Training, refuse_failed, train_all
 
@@ -42,40 +43,78 @@ class Asked:
     steps: Sequence[int]  # of each base, or one number for all; none: the base's own
     jobs: int
     engine: str
+    rates: Sequence[float]  # of which each method chooses; none: the base's
     root: Path
     out: Path
-    data: dict[str, Sequence[str]]  # by base: paths of training and validation rows
+    data: dict[str, str]  # by base: paths of training and validation rows, by a comma
     overrides: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Methods on one base, and, if they choose, the learning rates that each of them tries."""
+
+    base: Base
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    steps: int | None
+    engine: str
+    rates: Sequence[float] = ()
+    within: str = ""  # a folder under the base's root, with a slash, in which all of this lies
+
+    @property
+    def tried(self) -> Path:
+        """Where its learning rates are tried."""
+        return self.base.root / self.within / RATES
 
 
 def bench(asked: Asked) -> None:
     """Make what the methods share, train and score all, write JSON and Markdown. Raises RunError if a run fails."""
     _refuse(asked)
-    use_threads()
-    console = Console(stderr=True)
     bases = [Base(name, _rows(asked, name), asked.overrides, asked.root / Path(name).stem) for name in asked.bases]
-    for base in bases:
-        if TEACHER not in base.load().recipe.models.roles:
-            raise RunError(f"--bases: {base.name} has no models.teacher, from which every KL is taken. Write another.")
-    runs = {
-        base.name: plan(base, asked.methods, asked.seeds, steps, asked.engine)
+    comparisons = [
+        Comparison(base, asked.methods, asked.seeds, steps, asked.engine, asked.rates)
         for base, steps in zip(bases, _steps(asked), strict=True)
-    }
-    for base in bases:
-        _prepare(base, runs[base.name])
-    trainings = [Training(base.name, run.overrides, run.recipe, True) for base in bases for run in runs[base.name]]
-    refuse_failed(train_all(trainings, asked.jobs, console), len(trainings))
+    ]
+    found = compare_methods(comparisons, asked.jobs, Console(stderr=True))
     report: dict[str, Any] = {**machine_facts(), "settings": _settings(asked), "bases": {}}
     text = f"# Methods\n\n{report['started'][:10]}, code at {report['commit']}, {report['machine']}.\n"
-    for base in bases:
-        figures, table = _score(base, runs[base.name], console)
+    for base, (figures, table) in zip(bases, found, strict=True):
         report["bases"][base.name] = figures
-        # Runs that were there already may be of other code than what makes this table.
-        trained = f"{figures['steps']:,} steps, {figures['num_prompts']} held-out prompts; trained by code at "
-        text += f"\n## {base.name}\n\n{trained}{', '.join(figures['commits'])}.\n\n{table}"
+        text += f"\n## {base.name}\n\n{table}"
     write_json(asked.out, report)
     write_text(asked.out.with_suffix(".md"), text)
     print(f"{text}\n{asked.out}: written, and {asked.out.with_suffix('.md')}")
+
+
+def compare_methods(comparisons: Sequence[Comparison], jobs: int, console: Console) -> list[tuple[dict[str, Any], str]]:
+    """Train and score what is missing; return each comparison's figures and its table with the words around it."""
+    use_threads()
+    for one in comparisons:
+        if TEACHER not in one.base.load().recipe.models.roles:
+            raise RunError(f"{one.base.name} has no models.teacher, from which every KL is taken. Write another base.")
+    tried = [rate_runs(one.base, one.methods, one.rates, one.steps, one.engine, one.within) for one in comparisons]
+    for one, runs in zip(comparisons, tried, strict=True):
+        _prepare(one.base, [*_plan(one, {}), *runs])
+    rates = [
+        choose(one.base, runs, one.tried, jobs, console) if runs else {}
+        for one, runs in zip(comparisons, tried, strict=True)
+    ]
+    planned = [_plan(one, own) for one, own in zip(comparisons, rates, strict=True)]
+    trainings = [Training(run.base.name, run.overrides, run.recipe, True) for runs in planned for run in runs]
+    refuse_failed(train_all(trainings, jobs, console), len(trainings))
+    found = []
+    for one, runs, own in zip(comparisons, planned, rates, strict=True):
+        figures, table = _score(one, runs, console)
+        # Runs that were there already may be of other code than what makes this table.
+        about = f"{figures['steps']:,} steps, {figures['num_prompts']} held-out prompts; trained by code at "
+        about += f"{', '.join(figures['commits'])}." + (f" {describe(one.tried, own)}" if own else "")
+        found.append(({**figures, "learning_rates": own}, f"{about}\n\n{table}"))
+    return found
+
+
+def _plan(one: Comparison, rates: Mapping[str, float]) -> list[Run]:
+    return plan(one.base, one.methods, one.seeds, one.steps, one.engine, rates, one.within)
 
 
 def _refuse(asked: Asked) -> None:
@@ -85,12 +124,22 @@ def _refuse(asked: Asked) -> None:
         )
     if BASELINE not in asked.methods:
         raise RunError(f"--methods: {BASELINE} is missing, which all others are held against. Add it.")
-    for name, given in (("bases", asked.bases), ("methods", asked.methods), ("seeds", asked.seeds)):
+    for name, given in (
+        ("bases", asked.bases),
+        ("methods", asked.methods),
+        ("seeds", asked.seeds),
+        ("learning-rates", asked.rates),
+    ):
         if len(set(given)) < len(given):
             raise RunError(f"--{name}: {','.join(map(str, given))} has one of them twice. Write each once.")
     if len(asked.steps) > 1 and len(asked.steps) != len(asked.bases):
         raise RunError(
             f"--steps: {len(asked.steps)} numbers for {len(asked.bases)} bases. Write one number, or one for each."
+        )
+    if any(not 0 < rate <= 1000 for rate in asked.rates) or (SEED in asked.seeds and asked.rates):
+        raise RunError(
+            f"--learning-rates: {','.join(map(str, asked.rates))} with seeds {','.join(map(str, asked.seeds))}. Write "
+            f"rates above 0, and seeds other than {SEED}, from which rates are chosen."
         )
     if asked.jobs < 1:
         raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
@@ -108,20 +157,7 @@ def _rows(asked: Asked, name: str) -> list[str]:
     """Return the overrides that say where a base's rows lie. Raises RunError if they are not there."""
     if name not in asked.data:
         return []
-    option = f"--{name.removeprefix('small_')}-data"
-    paths = [Path(text) for text in asked.data[name]]
-    if len(paths) == 1:  # the other lies beside it, under the name that the recipe has for it
-        recipe = Base(name, [], [], asked.root).load().recipe
-        assert recipe.data.validation is not None
-        paths.append(paths[0].with_name(Path(recipe.data.validation.path).name))
-    if len(paths) != 2:
-        given = ",".join(asked.data[name]) or "missing"
-        raise RunError(f"{option}: {given}, but {name} needs rows. Write {option} TRAIN,VALIDATION.")
-    for path in paths:
-        if not path.exists():
-            raise RunError(f"{option}: {path} does not exist. Write {option} TRAIN,VALIDATION.")
-    parts = zip(("train", "validation"), paths, strict=True)
-    return [as_override(f"data.{part}.path", str(path)) for part, path in parts]
+    return row_overrides(f"--{name.removeprefix('small_')}-data", name, asked.data[name])
 
 
 def _prepare(base: Base, runs: Sequence[Run]) -> None:
@@ -135,14 +171,15 @@ def _prepare(base: Base, runs: Sequence[Run]) -> None:
         check_paths(run.recipe, lambda key, run=run: f"{run.label}: {key}", base.name)  # type: ignore[misc]
 
 
-def _score(base: Base, runs: Sequence[Run], console: Console) -> tuple[dict[str, Any], str]:
+def _score(one: Comparison, runs: Sequence[Run], console: Console) -> tuple[dict[str, Any], str]:
     """Score a base's runs, its teacher and its raw student; return the figures and the table."""
+    base = one.base
     loaded = base.load()
     recipe = loaded.recipe
     roles = {TEACHER: recipe.models.roles[TEACHER].weights, RAW: recipe.models.student.weights}
     weights = roles | {run.label: str(_directory_of(run).export) for run in runs}
     settings = CompareSettings(models=weights, baseline=RAW, teacher=TEACHER)
-    scored = score_models(loaded, SCORES, settings, base.root / SCORES, console)
+    scored = score_models(loaded, SCORES, settings, base.root / one.within / SCORES, console)
     scores = {one.label: one for one in scored}
     methods: dict[str, list[Measured]] = {}
     for run in runs:

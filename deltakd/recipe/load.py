@@ -31,6 +31,7 @@ from deltakd.recipe.schema import Recipe
 SUFFIXES = (".yaml", ".yml")
 ROOT_MARK = "{root}"
 ROLES = ("student", "student_raw", "teacher", "teacher_raw")  # whose weights `{models.ROLE.weights}` stands for
+STUDIES = "studies"  # a folder of recipes/ whose files ask questions of recipes: deltakd/study
 STAGE_CANNOT_SET = frozenset({"root", "run", "pipeline"})
 
 
@@ -58,7 +59,7 @@ def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = N
     Raises RecipeError with at most three lines, each `file:line: key: what, value. What to write.`
     """
     path = find_recipe(name_or_path)
-    tree = _read_chain(path, ())
+    tree = read_tree(path)
     if "root" not in tree.value:
         tree = merge(tree, Marked({"root": Marked(f"runs/{path.stem}", tree.place)}, tree.place))
     base = _validate(_override(tree, overrides), None)
@@ -99,6 +100,11 @@ def read_added(name_or_path: str) -> dict[str, Any]:
     return added
 
 
+def read_tree(path: Path) -> Marked:
+    """Return a file laid on what it extends, not yet checked."""
+    return _read_chain(path, ())
+
+
 def as_override(key: str, value: Any) -> str:
     """Write a plain value as `key=value` that lays it on a recipe as `extends` would."""
     # PyYAML's words, not JSON's: YAML reads 1e-05 as a text. A list around it keeps scalars on one line.
@@ -122,7 +128,8 @@ def _recipe_folders() -> list[Path]:
 
 def _known_names() -> list[str]:
     folders = _recipe_folders()
-    names = {str(path.relative_to(one).with_suffix("")) for one in folders for path in one.rglob("*.yaml")}
+    files = [path.relative_to(one) for one in folders for path in one.rglob("*.yaml")]
+    names = {str(file.with_suffix("")) for file in files if file.parts[0] != STUDIES}
     return sorted(names) or ["(recipes/ is empty)"]
 
 

@@ -14,7 +14,8 @@ from deltakd.recipe.load import load_recipe
 from deltakd.recipe.reference import json_schema, keys, markdown
 
 REPOSITORY = Path(__file__).parents[2]
-RECIPES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+FILES = sorted((REPOSITORY / "recipes").rglob("*.yaml"))
+RECIPES = [path for path in FILES if path.parent.name != "studies"]
 
 
 @pytest.fixture(scope="module")

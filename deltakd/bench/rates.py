@@ -1,0 +1,92 @@
+"""A learning rate for each method, chosen on held-out rows that no table is made from.
+
+Every method trains with every rate from one seed, which no table has; the rate with the least cross-entropy on the rows
+behind those of the evaluation is its own. Rates at the ends of the list are said to be there: the best may lie beyond.
+"""
+
+import json
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from deltakd.base.errors import RunError
+from deltakd.base.files import write_json
+from deltakd.bench.method_plan import RATE, Base, Run, plan_of, read_method, with_rate
+from deltakd.data.sources import load_rows
+from deltakd.evaluate.compare import CROSS_ENTROPY
+from deltakd.evaluate.settings import CompareSettings
+from deltakd.recipe.evaluation import score_models
+from deltakd.recipe.load import load
+from deltakd.recipe.trainings import Training, refuse_failed, train_all
+
+SEED = 0
+RATES, CHOSEN = "rates", "rates.json"
+
+
+def rate_runs(
+    base: Base, methods: Sequence[str], rates: Sequence[float], steps: int | None, engine: str, within: str
+) -> list[Run]:
+    """Return the trainings of every method with every rate; none without rates. Raises RunError where one is set."""
+    if not rates:
+        return []
+    steps = base.load().recipe.train.steps if steps is None else steps
+    for override in base.own:
+        if override.partition("=")[0] == RATE:
+            raise RunError(f"{override}: a rate for all, and --learning-rates has each method choose. Leave one out.")
+    chosen = [read_method(base, name) for name in methods]
+    return [
+        plan_of(base, with_rate(method, rate), SEED, steps, engine, f"{within}{RATES}/{method.name}_{rate:g}")
+        for method, rate in product(chosen, rates)
+    ]
+
+
+def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Console) -> dict[str, float]:
+    """Train, score on the rows for choosing, keep rates.json in `folder`; return the best rate of each method."""
+    trainings = [Training(base.name, run.overrides, run.recipe, True) for run in runs]
+    behind = _rows_behind(base)
+    refuse_failed(train_all(trainings, jobs, console), len(trainings))
+    # One token is no answer, but answers are not what is chosen by: only the references' cross-entropy is.
+    loaded = load(base.name, [*base.overrides, *behind, "evaluation.max_new_tokens=1"])
+    weights = {run.label: str(Training(base.name, run.overrides, run.recipe).directory.export) for run in runs}
+    settings = CompareSettings(models=weights, baseline=runs[0].label)
+    scored = score_models(loaded, RATES, settings, folder / "scores", console)
+    found: dict[str, dict[float, float]] = {}
+    for run, scores in zip(runs, scored, strict=True):
+        found.setdefault(run.method.name, {})[run.recipe.train.learning_rate] = scores.mean(CROSS_ENTROPY)
+    write_json(folder / CHOSEN, {"seed": SEED, "rows": behind, CROSS_ENTROPY: _texts(found)})
+    return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in found.items()}
+
+
+def describe(folder: Path, chosen: dict[str, float]) -> str:
+    """Say which rates were chosen, and which of them lie at an end of what was tried."""
+    tried = json.loads((folder / CHOSEN).read_text())[CROSS_ENTROPY]
+    words = []
+    for name, rate in chosen.items():
+        rates = sorted(float(text) for text in tried[name])
+        words.append(f"{name} {rate:g}" + (" (at an end)" if rate in (rates[0], rates[-1]) else ""))
+    tried_rates = ", ".join(f"{rate:g}" for rate in sorted({float(rate) for one in tried.values() for rate in one}))
+    return (
+        f"Learning rates, of {tried_rates} that with the least cross-entropy from seed {SEED} on other held-out rows: "
+        f"{', '.join(words)}."
+    )
+
+
+def _texts(found: dict[str, dict[float, float]]) -> dict[str, Any]:
+    return {name: {repr(rate): value for rate, value in by_rate.items()} for name, by_rate in found.items()}
+
+
+def _rows_behind(base: Base) -> list[str]:
+    """Return the overrides that have the evaluation read the rows behind its own. Raises RunError if there are none."""
+    recipe = base.load().recipe
+    source, wanted = recipe.data.validation, recipe.evaluation.num_prompts
+    assert source is not None
+    rows = sum(1 for _ in load_rows(source))
+    if wanted is None or rows < 2 * wanted:
+        raise RunError(
+            f"--learning-rates: {base.name} has {rows} held-out rows and evaluates on {wanted or 'all'} of them, which "
+            f"leaves too few to choose a rate on. Write evaluation.num_prompts={max(1, rows // 2)}."
+        )
+    return [f"data.validation.skip_rows={source.skip_rows + wanted}", f"data.validation.num_rows={wanted}"]

@@ -1,0 +1,143 @@
+"""`deltakd study`: several questions, each a sweep or a comparison of methods in some worlds, and one report of all.
+
+    ROOT/WORLD/                  what the world's own stages made, once for all questions asked there
+    ROOT/WORLD/sweeps/QUESTION/  a sweep (sweep.py); methods lie in ROOT/WORLD/QUESTION/ (bench methods)
+    ROOT/study.md, report.html   every question with its tables; the page of `deltakd report` about all of it
+
+The same command goes on after any kill and repeats nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from deltakd.base.errors import RunError
+from deltakd.base.files import write_text
+from deltakd.base.machine import machine_facts
+from deltakd.base.processes import use_threads
+from deltakd.base.rundir import RunDirectory
+from deltakd.bench.method_plan import Base
+from deltakd.bench.methods import Comparison, compare_methods
+from deltakd.recipe import pipeline
+from deltakd.recipe.rows_given import row_overrides
+from deltakd.recipe.stages import stages_behind
+from deltakd.report.build import gather, page
+from deltakd.study import sweep
+from deltakd.study.grid import read_grid
+from deltakd.study.questions import Asking, Study, askings, read_study
+from deltakd.study.results import find_baseline
+
+REPORT, TABLES, TABLE = "report.html", "study.md", "table.md"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for."""
+
+    study: str
+    rows: Sequence[str]  # RECIPE=TRAIN,VALIDATION
+    only: Sequence[str]
+    jobs: int
+    root: Path
+    overrides: Sequence[str]
+
+
+def study(asked: Asked) -> None:
+    """Answer what is not answered yet, write tables and the page.
+
+    Raises RecipeError or RunError for what cannot be asked, before anything runs, and RunError for trainings that
+    failed, after all other questions.
+    """
+    if asked.jobs < 1:
+        raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
+    found = read_study(asked.study)
+    rows = _rows(asked, found)
+    chosen = askings(found, asked.only)
+    bases = {one.world: _base(asked, one, rows) for one in chosen}
+    for one in chosen:
+        _refuse(one, bases[one.world])
+    use_threads()
+    console = Console(stderr=True)
+    faults = list[str]()
+    asked.root.mkdir(parents=True, exist_ok=True)
+    with RunDirectory(asked.root).claim():
+        for number, one in enumerate(chosen, 1):
+            console.rule(f"{number}/{len(chosen)} {one.name} in {one.world}: {one.question.ask}")
+            try:
+                _answer(one, bases[one.world], asked.jobs, console)
+            except RunError as error:
+                console.print(f"{one.name} in {one.world}: {error}", soft_wrap=True, markup=False)
+                faults.append(f"{one.name} in {one.world}: {error}")
+        text = _tables(found, askings(found, ()), asked)
+        write_text(asked.root / TABLES, text)
+        write_text(asked.root / REPORT, page(gather([str(asked.root)]), found.title), lasting=False)
+    print(f"{text}\n{asked.root / TABLES} and {asked.root / REPORT}: written")
+    if faults:
+        raise RunError(f"{len(faults)} of {len(chosen)} questions are not answered. {faults[0]}")
+
+
+def _rows(asked: Asked, found: Study) -> Mapping[str, Sequence[str]]:
+    """Return by recipe the overrides that say where its rows lie."""
+    recipes = {world.recipe for world in found.worlds.values()}
+    rows = {}
+    for word in asked.rows:
+        recipe, equals, given = word.partition("=")
+        if not equals or recipe not in recipes:
+            raise RunError(f"--rows: {word}. Write RECIPE=TRAIN,VALIDATION with one of {', '.join(sorted(recipes))}.")
+        rows[recipe] = row_overrides(f"--rows {recipe}=", recipe, given)
+    return rows
+
+
+def _base(asked: Asked, one: Asking, rows: Mapping[str, Sequence[str]]) -> Base:
+    return Base(one.recipe, rows.get(one.recipe, []), [*one.set, *asked.overrides], asked.root / one.world)
+
+
+def _words(one: Asking, base: Base) -> list[str]:
+    return [*base.overrides, *one.question.set, *one.question.sweep]
+
+
+def _refuse(one: Asking, base: Base) -> None:
+    """Find what is wrong with a question before the first runs. Raises RecipeError or RunError."""
+    if one.question.sweep:
+        grid = read_grid(base.name, _words(one, base), one.name)
+        find_baseline(grid, one.question.baseline)
+    else:
+        base.load()
+
+
+def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:
+    question = one.question
+    if question.methods:
+        own = Base(base.name, base.rows, [*base.own, *question.set], base.root)
+        engine, within = own.load().recipe.engine.name, f"{one.name}/"
+        rates = question.learning_rates
+        comparison = Comparison(own, question.methods, question.seeds, None, engine, rates, within)
+        ((_, table),) = compare_methods([comparison], jobs, console)
+        write_text(base.root / one.name / TABLE, table)
+        return
+    grid = read_grid(base.name, _words(one, base), one.name)
+    for stage in stages_behind(base.name, base.overrides, [point.loaded.recipe for point in grid.points]):
+        pipeline.run(base.name, base.overrides, None, stage)
+    sweep.sweep(sweep.Asked(base.name, _words(one, base), one.name, jobs, question.baseline, False, ""))
+
+
+def _tables(found: Study, every: Sequence[Asking], asked: Asked) -> str:
+    """Return every question with its tables; what is not answered yet says so."""
+    facts = machine_facts()
+    lines = [f"# {found.title}", f"{facts['started'][:10]}, code at {facts['commit']}, {facts['machine']}."]
+    asked_before = ""
+    for one in every:
+        if one.name != asked_before:
+            lines.append(f"## {one.question.ask}")
+        asked_before = one.name
+        folder = asked.root / one.world
+        table = folder / (one.name if one.question.methods else f"sweeps/{one.name}") / TABLE
+        lines.append(f"### {one.world}: {' '.join([one.recipe, *one.set, *one.question.set])}")
+        lines.append(_without_title(table.read_text()) if table.exists() else "Not measured yet.")
+    return "\n\n".join(lines) + "\n"
+
+
+def _without_title(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if not line.startswith("# ")).strip()
