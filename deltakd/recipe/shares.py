@@ -28,7 +28,8 @@ def local_index() -> int:
 def follow_shares(command: Sequence[str], folder: Path, num_processes: int, show: Callable[[], None]) -> None:
     """Have processes take a share each, and wait for them; `show` is called while they work.
 
-    `command` takes a share when `--shard i/n` is added. Raises RunError with the words of one that failed.
+    `command` takes a share when `--shard i/n` is added. Raises RunError with the words of one that failed or was
+    killed.
     """
     logs = [folder / f"log-{index}.txt" for index in range(num_processes)]
     children = []
@@ -45,10 +46,11 @@ def follow_shares(command: Sequence[str], folder: Path, num_processes: int, show
             if any(child.poll() for child in children):
                 break
             time.sleep(POLL_S)
+        codes = [child.poll() for child in children]  # before we end those that are left
     finally:
         for child in children:
             child.terminate()
             child.wait()
-    for log, child in zip(logs, children, strict=True):
-        if child.returncode > 0:
-            raise failure(folder.name, log, child.returncode)
+    for log, code in zip(logs, codes, strict=True):
+        if code:
+            raise failure(folder.name, log, code)
