@@ -153,7 +153,9 @@ def _weights(path: str, root: Path) -> str:
 
 def _command(request: Request, compared: CompareSettings) -> list[str]:
     """Return the command that takes a share of the same question."""
-    models = [f"{label}={path}" for label, path in compared.models.items()]
+    # A path alone has its label back: `train=...`, of a run that is named train, would be read as a setting.
+    own = {label: _labelled(path, Path())[0] == label for label, path in compared.models.items()}
+    models = [path if own[label] else f"{label}={path}" for label, path in compared.models.items()]
     options = [
         "--protocol",
         request.protocol,

@@ -6,7 +6,7 @@ from rich.console import Console
 from deltakd.evaluate.compare import CROSS_ENTROPY, KL_TO_TEACHER
 from deltakd.evaluate.predictions import read_predictions
 from deltakd.evaluate.settings import CompareSettings
-from deltakd.recipe import asked, evaluation
+from deltakd.recipe import asked, evaluating, evaluation
 from deltakd.recipe.load import load
 
 
@@ -39,3 +39,18 @@ def test_scores_that_were_kept_without_a_teacher_are_not_read_as_if_they_had_its
     assert evaluation.score_models(loaded, "one", named, tmp_path, console) == with_kl and len(loads) == 4
     other = named.model_copy(update={"teacher": "student"})
     assert max(evaluation.score_models(loaded, "one", other, tmp_path, console)[0].rows[KL_TO_TEACHER]) < 1e-5
+
+
+def test_processes_that_share_the_work_are_given_the_models_that_were_typed(lab, tmp_path):
+    """Also where a run is named as a part of recipes is: `train` is every training's name that is no stage's."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "export").symlink_to(lab.folder / "student")
+    loaded = load(str(lab.recipe), [f"root={tmp_path}"])
+    request = evaluating.Request(str(lab.recipe), ["train", "a.b=train", "owner/seed"], [], teacher="none")
+    compared = evaluating._compared(loaded, request)
+    assert list(compared.models) == ["train", "a.b", "seed"]
+    command = evaluating._command(request, compared)
+    words = command[command.index("--model") + 1 :]
+    assert not any(evaluating._is_setting(word) for word in words)
+    again = evaluating.Request(str(lab.recipe), words, [], teacher="none", baseline="train")
+    assert evaluating._compared(loaded, again) == compared
