@@ -33,8 +33,8 @@ def advise(found: Outlook, anchor: str = "teacher") -> str:
             f"The raw models know this text and agree on it ({raw}; {spread}, at most {MOST_SPREAD:g}); which alpha to "
             "keep with anchor student has not been measured."
         )
-    lowest = min(one.temperature for one in found.targets)
-    at = {one.alpha: one.cross_entropy for one in found.targets if one.temperature == lowest}
+    nearest = min((one.temperature for one in found.targets), key=lambda one: abs(one - 1))  # the models' own are at 1
+    at = {one.alpha: one.cross_entropy for one in found.targets if one.temperature == nearest}
     kept = max((alpha for alpha in at if 0 < alpha <= MOST_ALPHA and at[alpha] < student), default=None)
     if kept is None:
         return (

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +135,13 @@ def seen(spread: float, student: float, teacher: float, of_target: float = 0.1) 
 )
 def test_the_sentence_looks_at_what_the_raw_models_know_before_their_spread(found, begins):
     assert advise(found).startswith(begins)
+
+
+def test_targets_are_held_against_the_raw_student_at_its_temperature():
+    """Another temperature's cross-entropy is higher or lower whatever the target knows."""
+    found, others = seen(0.5, 0.33, 0.12), (0.5, 2.0)
+    blunt = [TargetFigures(one.alpha, tau, 9.0, 1, 0, 0, 0) for one in found.targets for tau in others]
+    assert advise(replace(found, targets=[*blunt, *found.targets])) == advise(found)
 
 
 @pytest.mark.parametrize(
