@@ -67,5 +67,5 @@ def read_numbers(option: str, text: str) -> list[float]:
     except ValueError:
         raise RunError(f"{option}: {text} are no numbers. Write them by commas: 0,0.5,1.") from None
     if len(set(numbers)) < len(numbers) or not all(abs(number) < float("inf") for number in numbers):
-        raise RunError(f"{option}: {text} has one of them twice, or none that is finite. Write each once.")
+        raise RunError(f"{option}: {text} has one of them twice, or one that is not finite. Write each once.")
     return numbers

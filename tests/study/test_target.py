@@ -149,6 +149,7 @@ def test_targets_are_held_against_the_raw_student_at_its_temperature():
     [
         (["--alphas=0,x"], "--alphas: 0,x are no numbers"),
         (["--alphas=0,0.0"], "--alphas: 0,0.0 has one of them twice"),
+        (["--alphas=0,nan"], "--alphas: 0,nan has one of them twice, or one that is not finite"),
         (["--temperatures=0"], "--temperatures: 0 is none"),
         (["--rows=0"], "--rows: 0 rows say nothing"),
         (["models.teacher_raw=null", "objective.target=teacher"], "models.teacher_raw: missing, and a delta target"),
