@@ -23,6 +23,7 @@ SET_HERE = ("run", "root", "pipeline")
 # Points whose rows or answers differ cannot be held against each other.
 MEASURE = ("evaluation", "data.validation")
 LONGEST = 40  # letters of a value in a folder's name
+LONGEST_NAME = 230  # of the whole, with what is added to it for files: file systems allow 255
 OPENING, CLOSING = "[{(", "]})"
 
 
@@ -161,6 +162,11 @@ def short_names(keys: Iterable[str]) -> dict[str, str]:
 
 def _point(recipe: str, name: str, fixed: Sequence[str], texts: Mapping[str, str], short: Mapping[str, str]) -> Point:
     label = ",".join(f"{short[key]}={_slug(text)}" for key, text in texts.items())
+    if len(label) > LONGEST_NAME:
+        raise RunError(
+            f"sweep: a folder would have a name of {len(label)} letters ({label[:LONGEST]}...), and {LONGEST_NAME} are "
+            "the most. Write fewer settings with several values, or shorter values."
+        )
     overrides = [*fixed, *(f"{key}={text}" for key, text in texts.items()), f"run={SWEEPS}/{name}/{label}"]
     loaded = load(recipe, overrides)
     check_recipe(loaded.recipe, loaded.where)

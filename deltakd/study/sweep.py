@@ -62,6 +62,7 @@ def sweep(asked: Asked) -> None:
     """
     if asked.jobs is not None and asked.jobs < 1:
         raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
+    _words(asked.sbatch)
     grid = read_grid(asked.recipe, asked.words, asked.name)
     baseline = find_baseline(grid, asked.baseline)
     for point in grid.points:
@@ -129,6 +130,14 @@ def _write(grid: Grid, found: dict[str, Any], asked: Asked) -> None:
     write_json(grid.folder / "sweep.json", facts | found)
 
 
+def _words(options: str) -> list[str]:
+    """Cut --sbatch as a shell would. Raises RunError for a quote that is not closed."""
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise RunError(f"--sbatch: {options} cannot be cut into words ({error}). Close its quotes.") from None
+
+
 def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:
     """Write the settings of every point, a line each, and submit those that are not finished as one array.
 
@@ -138,7 +147,7 @@ def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:
     lines = grid.folder / LINES
     write_text(lines, "".join(shlex.join([*point.overrides, root]) + "\n" for point in sharing.points))
     tasks = [str(number) for number, one in enumerate(sharing.points, 1) if one.label not in sharing.finished]
-    command = ["sbatch", f"--array={','.join(tasks)}", *shlex.split(asked.sbatch), JOB_SCRIPT]
+    command = ["sbatch", f"--array={','.join(tasks)}", *_words(asked.sbatch), JOB_SCRIPT]
     shown = f"SWEEP={shlex.quote(str(lines))} RECIPE={shlex.quote(grid.recipe)} {shlex.join(command)}"
     print(shown, flush=True)
     if shutil.which(command[0]) is None:

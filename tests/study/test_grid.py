@@ -78,6 +78,11 @@ def test_a_run_s_folder_never_lies_outside_its_root(run):
         (["evaluation.num_prompts=3,4"], "cannot be compared"),
         (["seed=1,2", "--name=My sweep"], "--name: 'My sweep' is no name"),
         (["seed=1,2", "--jobs=0"], "--jobs: 0 trainings at a time"),
+        (["seed=1,2", "--slurm", "--sbatch=--comment='one"], "--sbatch: --comment='one cannot be cut into words (No"),
+        (
+            [f"models.{role}.weights={'a' * 60},b" for role in ("student", "student_raw", "teacher", "teacher_raw")],
+            "a folder would have a name of 2",
+        ),
         (
             [f"{ALPHA}=0,1", "--baseline=beta=1"],
             "--baseline: beta=1 names no setting of this sweep. Write some of alpha",
