@@ -136,6 +136,7 @@ def gather(asked: Asked) -> ModelScores:
     if not asked.only_kept:
         columns = _columns(asked, taken)
         rows = _means(asked, columns)
+        remove(asked.scores_path)  # those of another question, which would stand beside these answers after a kill
         write_predictions(asked.folder, asked.label, columns)
     rows |= {f"{KEPT}{part.kept}": values[CROSS_ENTROPY] for part, values in taken.items() if part.kind == "kept"}
     lengths = list(_by_prompt(asked, columns["num_tokens"])) if columns else []

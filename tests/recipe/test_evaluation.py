@@ -6,7 +6,7 @@ from rich.console import Console
 from deltakd.evaluate.compare import CROSS_ENTROPY, KL_TO_TEACHER
 from deltakd.evaluate.predictions import read_predictions
 from deltakd.evaluate.settings import CompareSettings
-from deltakd.recipe import asked, evaluating, evaluation
+from deltakd.recipe import asked, evaluating, evaluation, scoring
 from deltakd.recipe.load import load
 
 
@@ -39,6 +39,28 @@ def test_scores_that_were_kept_without_a_teacher_are_not_read_as_if_they_had_its
     assert evaluation.score_models(loaded, "one", named, tmp_path, console) == with_kl and len(loads) == 4
     other = named.model_copy(update={"teacher": "student"})
     assert max(evaluation.score_models(loaded, "one", other, tmp_path, console)[0].rows[KL_TO_TEACHER]) < 1e-5
+
+
+def test_a_kill_between_answers_and_scores_leaves_no_scores_of_another_question(lab, tmp_path, monkeypatch):
+    folders = CompareSettings(models={"student": str(lab.folder / "student")}, baseline="student")
+    console, real = Console(quiet=True), scoring.write_json
+
+    def take(num_prompts):
+        loaded = load(str(lab.recipe), [f"evaluation.num_prompts={num_prompts}", "evaluation.max_new_tokens=3"])
+        evaluation.score_models(loaded, "one", folders, tmp_path, console)
+        return read_predictions(tmp_path, "student")
+
+    def killed(path, value):
+        if "scores" in path.parts:
+            raise KeyboardInterrupt
+        real(path, value)
+
+    assert len(take(4)) == 4
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(scoring, "write_json", killed)
+        take(5)
+    assert len(read_predictions(tmp_path, "student")) == 5
+    assert len(take(4)) == 4  # and not the five answers that lie there
 
 
 def test_processes_that_share_the_work_are_given_the_models_that_were_typed(lab, tmp_path):
