@@ -28,6 +28,7 @@ from deltakd.recipe.asked import Asked, HeldOut, Shelf, Target, Weights
 from deltakd.recipe.card import card_scores
 from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import Loaded
+from deltakd.recipe.paths import check_held_out
 from deltakd.recipe.scoring import Scoring, gather
 
 RAW = "student_raw"
@@ -109,7 +110,12 @@ class Plan:
             raise RecipeError(f"{where('objective')}: no frozen model is learnt from. Leave --target out.")
         frozen = {}
         for role in sorted(of.needs):
-            key, given = where(f"{role_key(role)}.weights"), recipe.models.roles[role]
+            given = recipe.models.roles.get(role)
+            if given is None:
+                raise RecipeError(
+                    f"{where(role_key(role))}: missing, and --target reads it. Write it, or leave --target out."
+                )
+            key = where(f"{role_key(role)}.weights")
             frozen[role] = Weights(key, resolve(key, given), given.load_in_8bit)
         return Target(of, frozen)
 
@@ -117,8 +123,9 @@ class Plan:
 def compare_checkpoints(loaded: Loaded, run_name: str, only: int | None) -> str:
     """Score the models that a run kept with its checkpoints; returns their table, or `only` one's name.
 
-    Raises RunError if there is none.
+    Raises RunError if there is none, RecipeError if there are no held-out rows.
     """
+    check_held_out(loaded.recipe, loaded.where)
     console = Console(stderr=True)
     run = RunDirectory(Path(loaded.recipe.root) / run_name)
     folders = sorted((run.path / MODELS).glob("step-*[0-9]"))

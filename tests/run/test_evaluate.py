@@ -175,6 +175,7 @@ def test_final_answers_of_math_rows_are_judged_where_there_is_one(lab, tmp_path,
         (["data.format=text"], "data.format: text has no prompts"),
         (["evaluation.kept={gone: gone.jsonl}"], "evaluation.kept.gone: gone.jsonl does not exist"),
         (["objective.sft_weight=1.0"], "objective: no frozen model is learnt from. Leave --target out"),
+        (["models.teacher_raw=null"], "models.teacher_raw: missing, and --target reads it"),
         (["evaluation.num_prompts=0"], "evaluation.num_prompts"),
     ],
 )
@@ -185,6 +186,11 @@ def test_what_a_user_gets_wrong_is_one_sentence(words, tmp_path, capsys, more, s
     error = capsys.readouterr().err.strip()
     assert error.startswith("deltakd: ") and said in error and error.count("\n") == 0
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_checkpoints_are_compared_on_held_out_rows_that_are_there(lab, capsys):
+    assert main(["compare", str(lab.recipe), "--run", "sft", "data.validation=null"]) == 2
+    assert "data.validation: missing. Write data.validation.path" in capsys.readouterr().err
 
 
 def test_a_run_is_its_export_and_settings_among_the_models_are_settings(lab, tmp_path, monkeypatch):
