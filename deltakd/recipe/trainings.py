@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from deltakd.base.errors import RunError, Stopped
-from deltakd.base.files import write_json
+from deltakd.base.files import remove, write_json
 from deltakd.base.rundir import RunDirectory
 from deltakd.base.stop import StopRequest
 from deltakd.recipe.finished import is_finished
@@ -195,7 +195,9 @@ def _end(life: _Life) -> str | None:
         steps = (directory.finished() or {}).get("steps")
         if life.training.to_the_end and steps != recipe.train.steps:
             return f"{directory.path}: ended after {steps} of {recipe.train.steps} steps; see {log}."
-        if not (directory.path / "resumed.jsonl").exists():  # else these are the seconds of its last life alone
+        if (directory.path / "resumed.jsonl").exists():  # these are the seconds of its last life alone
+            remove(directory.path / WALL)  # and those of a shorter training
+        else:
             write_json(directory.path / WALL, {"wall_s": time.perf_counter() - life.began})
         return None
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
