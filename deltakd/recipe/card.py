@@ -14,7 +14,7 @@ from deltakd.base.hub import could_be_hub_id
 from deltakd.base.rundir import RunDirectory
 
 CARD = "README.md"
-FACTS = ("protocol", "commit", "started")  # of an evaluation
+FACTS = ("protocol", "rows", "commit", "started")  # of an evaluation
 Scores = Mapping[str, Any]  # of one model, as results.json has them, with `facts` of the evaluation
 
 
@@ -36,9 +36,9 @@ def _front(run: RunDirectory, recipe: Mapping[str, Any], scores: Scores | None) 
     weights = [model["weights"] for model in _models(recipe).values()]
     rows = recipe["data"]["train"]["path"]
     found = []
-    for name in ("rouge1", "rouge2", "rougeL", "answer") if scores is not None else ():
-        if (value := (scores or {}).get(name)) is not None:
-            dataset = (recipe["data"]["validation"] or {}).get("path", "held-out rows")
+    for name in ("rouge1", "rouge2", "rougeL", "answer"):
+        if scores is not None and (value := scores.get(name)) is not None:
+            dataset = scores["facts"]["rows"]  # which need not be those of the run's own recipe
             found.append(
                 EvalResult(
                     task_type="text-generation",
@@ -104,5 +104,5 @@ def _table(scores: Scores | None) -> str:
     lines = ["| metric | mean | 95% interval |", "|---|---|---|"]
     for name, found in intervals.items():
         lines.append(f"| {name} | {found['mean']:.4f} | {found['low']:.4f} to {found['high']:.4f} |")
-    when = f"Protocol {facts['protocol']}, {facts['started']}, code at {facts['commit']}. ROUGE lies between 0 and 1."
-    return "\n".join([*lines, "", when]) + "\n"
+    what = f"Protocol {facts['protocol']} on `{facts['rows']}`, {facts['started']}, code at {facts['commit']}."
+    return "\n".join([*lines, "", f"{what} ROUGE lies between 0 and 1."]) + "\n"

@@ -184,7 +184,9 @@ def finish(plan: Plan, console: Console) -> None:
         recipe.evaluation.seed,
         before,
     )
-    facts = {**machine_facts(), "seed": recipe.seed, "protocol": plan.protocol.name, "asked": plan.protocol.facts()}
+    assert recipe.data.validation is not None  # whose rows were asked
+    facts = {**machine_facts(), "seed": recipe.seed, "rows": recipe.data.validation.path}
+    facts |= {"protocol": plan.protocol.name, "asked": plan.protocol.facts()}
     write_comparison(result, facts, plan.folder)
     _write_cards(plan)
     for warning in result.warnings:

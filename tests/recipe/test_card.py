@@ -9,6 +9,7 @@ import yaml
 from deltakd.__main__ import main
 from deltakd.base.rundir import RunDirectory
 from deltakd.recipe.card import write_card
+from tests.conftest import chat_rows, write_rows
 
 
 def read(run):
@@ -17,7 +18,7 @@ def read(run):
     return yaml.safe_load(front), body
 
 
-def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(lab, capsys):
+def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(lab, tmp_path, capsys):
     lab.train("carded")
     run = lab.folder / "runs" / "carded"
     front, body = read(run)
@@ -29,7 +30,8 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
         (run / "recipe.yaml").read_text()
     )
 
-    words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", "evaluation.num_prompts=4"]
+    rows = write_rows(tmp_path / "others.jsonl", chat_rows(200, 4))
+    words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", f"data.validation.path={rows}"]
     assert main(words) == 0, capsys.readouterr().err
     results = json.loads((lab.folder / "runs" / "evaluations" / "paper" / "results.json").read_text())
     (found,) = results["models"].values()
@@ -37,6 +39,7 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
     scored = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     assert scored["rougeL"] == round(found["rougeL"], 4) and "Not measured yet" not in body
     assert f"| cross_entropy | {found['cross_entropy']:.4f} |" in body
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == str(rows) and f"on `{rows}`" in body
 
 
 def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
