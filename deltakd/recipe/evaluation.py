@@ -25,7 +25,7 @@ from deltakd.losses.schedules import alpha_over_steps
 from deltakd.models.load import resolve
 from deltakd.models.settings import WeightsSettings, role_key
 from deltakd.recipe.asked import Asked, HeldOut, Shelf, Target, Weights
-from deltakd.recipe.card import card_scores
+from deltakd.recipe.card import CARD, card_scores
 from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import Loaded
 from deltakd.recipe.paths import check_held_out
@@ -188,18 +188,22 @@ def finish(plan: Plan, console: Console) -> None:
     facts = {**machine_facts(), "seed": recipe.seed, "rows": recipe.data.validation.path}
     facts |= {"protocol": plan.protocol.name, "asked": plan.protocol.facts()}
     write_comparison(result, facts, plan.folder)
-    _write_cards(plan)
+    _write_cards(plan, console)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
 
 
-def _write_cards(plan: Plan) -> None:
-    """Say on the card of every run's export among the models how it has scored."""
+def _write_cards(plan: Plan, console: Console) -> None:
+    """Say on the card of every run's export among the models how it has scored, where it may be written."""
     results = json.loads((plan.folder / "results.json").read_text())
     for label, weights in plan.models.items():
         run = RunDirectory(weights.path.parent)
         if weights.path.resolve() == run.export.resolve() and (run.path / FINISHED).exists():
-            card_scores(run, results, label)
+            try:
+                card_scores(run, results, label)
+            except OSError as error:  # another user's run
+                said = f"{run.export / CARD}: its scores are not put there ({error.strerror})"
+                console.print(f"warning: {said}", style="yellow", soft_wrap=True)
 
 
 def take_share(plan: Plan, index: int, count: int) -> None:

@@ -1,5 +1,6 @@
 """The card of an export says what is in the run's own files, in the hub's format; nothing is pushed by mistake."""
 
+import errno
 import json
 import sys
 
@@ -8,6 +9,7 @@ import yaml
 
 from deltakd.__main__ import main
 from deltakd.base.rundir import RunDirectory
+from deltakd.recipe import evaluation
 from deltakd.recipe.card import write_card
 from tests.conftest import chat_rows, write_rows
 
@@ -40,6 +42,19 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
     assert scored["rougeL"] == round(found["rougeL"], 4) and "Not measured yet" not in body
     assert f"| cross_entropy | {found['cross_entropy']:.4f} |" in body
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == str(rows) and f"on `{rows}`" in body
+
+
+def test_a_card_that_may_not_be_written_costs_no_table(lab, capsys, monkeypatch):
+    def refuse(*given):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(evaluation, "card_scores", refuse)
+    run = lab.folder / "runs" / "carded"
+    words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", "evaluation.num_prompts=4"]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert f"warning: {run}/export/README.md: its scores are not put there (Permission denied)" in said.err
+    assert "| carded |" in said.out
 
 
 def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
