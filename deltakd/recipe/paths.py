@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from glob import has_magic
 from pathlib import Path
 
@@ -18,12 +18,13 @@ Where = Callable[[str], str]
 LABEL = re.compile(r"[A-Za-z0-9_.-]+")
 
 
-def check_paths(recipe: Recipe, where: Where, name: str = "NAME") -> None:
+def check_paths(recipe: Recipe, where: Where, name: str = "NAME", also: Collection[str] = ()) -> None:
     """Raise RecipeError for local models and data that are not there; what can be a hub id passes.
 
-    `name` is the recipe's, for the command that would make what lies under its root.
+    `name` is the recipe's, for the command that would make what lies under its root; `also` are roles of models that
+    are read beside those of the training.
     """
-    for role in ["student", *sorted(needed_references(recipe.objective))]:
+    for role in ["student", *sorted(needed_references(recipe.objective) | set(also))]:
         _check_model(recipe, f"{role_key(role)}.weights", recipe.models.roles[role].weights, where, name)
     train = _check_source(recipe, "data.train", recipe.data.train, where, name)
     if recipe.data.validation is not None:
@@ -55,9 +56,9 @@ def _check_kept(recipe: Recipe, where: Where, name: str) -> None:
             _check_files(recipe, f"evaluation.kept.{label}", path, where, name)
 
 
-def check_hub(recipe: Recipe, where: Where) -> None:
+def check_hub(recipe: Recipe, where: Where, also: Collection[str] = ()) -> None:
     """Raise ModelError, after seconds, if a model that the objective needs is on a hub that cannot be reached."""
-    for role in ["student", *sorted(needed_references(recipe.objective))]:
+    for role in ["student", *sorted(needed_references(recipe.objective) | set(also))]:
         model = recipe.models.roles[role]
         if could_be_hub_id(model.weights):
             try:

@@ -37,7 +37,7 @@ from deltakd.study.grid import Grid, read_grid
 from deltakd.study.results import find_baseline, markdown, report
 from deltakd.study.sharing import Sharing, share
 
-TEACHER, RAW = "teacher", "student_raw"
+SCORED = TEACHER, RAW = "teacher", "student_raw"  # beside the points
 JOB_SCRIPT = "slurm/deltakd_qwen.sbatch"
 LINES = "points.txt"
 
@@ -65,10 +65,12 @@ def sweep(asked: Asked) -> None:
     _words(asked.sbatch)
     grid = read_grid(asked.recipe, asked.words, asked.name)
     baseline = find_baseline(grid, asked.baseline)
+    first = grid.points[0].loaded
     for point in grid.points:
         check_paths(point.loaded.recipe, point.loaded.where, asked.recipe)
-    first = grid.points[0].loaded
-    check_hub(first.recipe, first.where)
+    scored = [role for role in SCORED if role in first.recipe.models.roles]  # at the end, whatever is learnt from
+    check_paths(first.recipe, first.where, asked.recipe, scored)
+    check_hub(first.recipe, first.where, scored)
     held_out_conversations(first.recipe, 1)
     use_threads()
     name_accelerator()
@@ -117,7 +119,7 @@ def _score(grid: Grid, labels: Sequence[str], console: Console) -> tuple[dict[st
     """Score the points that are trained, the teacher and the raw student, all by the first point's settings."""
     loaded = grid.points[0].loaded
     roles = loaded.recipe.models.roles
-    weights = {role: roles[role].weights for role in (TEACHER, RAW) if role in roles}
+    weights = {role: roles[role].weights for role in SCORED if role in roles}
     runs = {point.label: RunDirectory(Path(point.loaded.recipe.directory)) for point in grid.points}
     weights |= {label: str(runs[label].export) for label in labels}
     settings = CompareSettings(models=weights, baseline=RAW, teacher=TEACHER if TEACHER in weights else None)

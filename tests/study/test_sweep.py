@@ -71,6 +71,13 @@ def test_a_sweep_that_was_killed_goes_on_and_repeats_no_step(swept):
     assert one.lines(POINTS[0], "resumed.jsonl")[0]["step"] >= 6
 
 
+def test_models_that_are_scored_are_looked_for_before_anything_is_trained(lab, tmp_path, capsys):
+    """Also where the training asks no teacher."""
+    words = ["objective.sft_weight=1.0", "models.teacher.weights=/nowhere", "seed=1,2", f"root={tmp_path}"]
+    assert main(["sweep", str(lab.recipe), *words]) == 2
+    assert "models.teacher.weights: /nowhere does not exist" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.soak
 def test_asked_to_stop_it_has_its_runs_keep_their_steps_and_a_killed_run_leaves_the_others_alone(lab, tmp_path):
     one = Sweep(lab, tmp_path)
