@@ -1,5 +1,6 @@
 """`deltakd cache`: write what the frozen models say of a recipe's micro-batches, once, so that training asks nobody."""
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +102,9 @@ def write_payloads(
             )
         if missing:
             _write(inputs, writer, missing, asked())
+            # Else what the models took stays this process's, and a sweep's trainings share the accelerator with it.
+            gc.collect()
+            torch.cuda.empty_cache()
     print(f"{folder}: complete; train with references.from=cache", flush=True)
 
 
