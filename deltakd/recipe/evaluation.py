@@ -57,8 +57,15 @@ class Plan:
         found = {}
         for label, weights in self.settings.models.items():
             key = self.where.replace("LABEL", label)
-            found[label] = Weights(key, resolve(key, WeightsSettings(weights=weights)))
+            revision = self._revision(label, weights)
+            found[label] = Weights(key, resolve(key, WeightsSettings(weights=weights, revision=revision)))
         return found
+
+    def _revision(self, label: str, weights: str) -> str | None:
+        """Return the revision that the recipe pins of a hub id: of the role that the label names, else of the first."""
+        roles = self.loaded.recipe.models.roles
+        named = [roles[label]] if label in roles else []
+        return next((one.revision for one in (*named, *roles.values()) if one.weights == weights), None)
 
     @cached_property
     def asked(self) -> list[Asked]:

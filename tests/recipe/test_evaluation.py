@@ -63,6 +63,17 @@ def test_a_kill_between_answers_and_scores_leaves_no_scores_of_another_question(
     assert len(take(4)) == 4  # and not the five answers that lie there
 
 
+def test_a_revision_that_the_recipe_pins_is_the_one_that_is_scored(lab, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(evaluation, "resolve", lambda key, given: seen.update({key: given.revision}) or lab.folder)
+    pinned = [f"models.{role}={{weights: a/b, revision: {role}}}" for role in ("teacher", "teacher_raw")]
+    models = {"teacher_raw": "a/b", "mine": "a/b", "other": "a/c"}
+    compared = CompareSettings(models=models, baseline="mine")
+    plan = evaluation.Plan(load(str(lab.recipe), pinned), compared, tmp_path, "LABEL")
+    assert list(plan.models) == list(models)
+    assert seen == {"teacher_raw": "teacher_raw", "mine": "teacher", "other": None}
+
+
 def test_processes_that_share_the_work_are_given_the_models_that_were_typed(lab, tmp_path):
     """Also where a run is named as a part of recipes is: `train` is every training's name that is no stage's."""
     (tmp_path / "train").mkdir()
