@@ -1,8 +1,8 @@
 """What a grid of delta targets says at the reference tokens of some rows: one pass over chunks, all alphas in it.
 
 From what the three frozen models said once (hidden states and heads, or logits): per chunk of n tokens three products,
-then a mixture for each (alpha, temperature). Never [N, V]: memory is five [n, V] buffers in float32 or wider, whatever
-the grid. Pure tensor maths.
+then a mixture for each (alpha, temperature). Never [N, V]: memory is some ten [n, V] buffers in float32 or wider,
+whatever the grid. Pure tensor maths.
 
 Shapes: N supervised tokens, n tokens of a chunk, V shared vocabulary.
 """
