@@ -1,6 +1,7 @@
 """The card of an exported model, README.md in the hub's format: what it is, of which data and recipe, and its scores.
 
-Written when a run ends, and again whenever its model has been scored. huggingface_hub writes the front matter.
+Written when a run ends, and again when `evaluate` or a pipeline's stage has scored its model; a sweep leaves it alone.
+huggingface_hub writes the front matter.
 """
 
 import json

@@ -2,7 +2,8 @@
 
 Nothing is trained or scored here: it takes the rows that were kept. `sweep.json`:
 
-    {"recipe", "name", "keys": [...], "short": {key: name}, "baseline": {key: value}, "replicates": "seed" or null,
+    {"recipe", "name", "fixed": [setting], "keys": [...], "short": {key: name}, "baseline": {key: value},
+     "replicates": "seed" or null, "command", and the machine's facts,
      "points":   [{"label", "values": {key: value}, "run": path, "status", "metrics": {name: mean}, "why"}],
      "settings": [{"values", "seeds", "metrics": {name: {"mean", "by_seed": [...], "difference": {mean, low, high}}}}],
      "curves":   {key: [{"at": {other key: value}, "points": [{"value", "metrics": as above}]}]},
