@@ -147,6 +147,15 @@ def test_every_baseline_is_laid_on_real_data_with_its_own_objective_and_the_base
         assert "runs/quickstart" not in dump_recipe(recipe)
 
 
+@pytest.mark.parametrize("data", ["ultrachat", "openmath"])
+def test_the_teacher_answers_the_base_s_rows_in_their_format_and_the_student_reads_messages(data):
+    base, recipe = load(data).recipe.data, load(f"{data}/seqkd").recipe
+    (asked,) = (stage.generate for stage in recipe.pipeline if stage.generate is not None)
+    assert (asked.rows, recipe.data.format) == (base.train, base.format)
+    learnt = load(f"{data}/seqkd", stage="seqkd").recipe.data
+    assert (learnt.train.path, learnt.format) == (f"{recipe.root}/responses/responses.jsonl", "messages")
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_repeats_no_setting_that_it_inherits(recipe):
     """But a baseline says its objective whole: it is laid on other recipes than the one that it extends."""
