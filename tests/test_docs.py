@@ -171,6 +171,12 @@ def test_a_recipe_repeats_no_setting_that_it_inherits(recipe):
         assert before != after, f"{name}: {'.'.join(key)}: {value} is inherited"
 
 
+@pytest.mark.parametrize("name", ["single_24gb", "ultrachat"])
+def test_a_teacher_is_fine_tuned_at_the_learning_rate_of_the_recipe_that_is_run(name):
+    """A stage wins over every file that extends it: what it repeats of its own file can no longer be changed there."""
+    assert load(name, stage="teacher").recipe.train == load(name).recipe.train
+
+
 def leaves(tree: dict, above: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], object]]:
     """A mapping with a name is one choice: its settings come with it."""
     found = []
