@@ -17,9 +17,11 @@ from deltakd.base.errors import RunError
 
 OURS = Path(__file__).with_name("hardware.yaml")
 GIB, GB, TERA = 2**30, 1e9, 1e12
-_GPUS = re.compile(r"(?:(\d+)\s*x\s*)?([A-Za-z][\w-]*)")
-# In nvidia-smi's words; the first that fits.
+_GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(\w[\w.-]*)")
+# As words of nvidia-smi's begin: a GH200 is no H200. The first that fits.
 _WORDS = {"H200": "H200", "H100": "H100", "A100.*80": "A100-80", "A100": "A100-40", "L40S": "L40S", "4090": "RTX4090"}
+# Times are quotients of the others.
+_MAY_BE_ZERO = {"memory_gib", "host_memory_gib", "nvlink_gbs", "context_gib", "reserve", "temporaries"}
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ def read_hardware(file: str | None = None) -> dict[str, Hardware]:
     if file is not None:
         try:
             given = yaml.safe_load(Path(file).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(
                 f"--hardware: {file} cannot be read ({str(error).splitlines()[0]}). Write a file."
             ) from error
         if not isinstance(given, dict) or not all(isinstance(entry, dict) for entry in given.values()):
             raise RunError(f"--hardware: {file} holds no names with numbers. See deltakd/plan/hardware.yaml.")
-        known |= given
+        known |= {str(name): entry for name, entry in given.items()}
     return {name: _hardware(name, entry) for name, entry in known.items()}
 
 
@@ -85,6 +87,8 @@ def _hardware(name: str, entry: Mapping[str, Any]) -> Hardware:
     if wrong or not all(isinstance(given[key], int | float) and given[key] >= 0 for key in numbers):
         what = f"{wrong[0]} is {'missing' if wrong[0] in numbers else 'not known'}" if wrong else "a value is no number"
         raise RunError(f"--hardware: {name}: {what}. Write what deltakd/plan/hardware.yaml has.")
+    if zero := sorted(key for key in numbers - _MAY_BE_ZERO if not given[key]):
+        raise RunError(f"--hardware: {name}: {zero[0]} is 0, and times are quotients of it. Write an estimate.")
     hardware = Hardware(name=name, **given)
     if not hardware.memory_gib:
         import psutil
@@ -99,7 +103,7 @@ def choose_hardware(gpus: str | None, file: str | None) -> tuple[Hardware, int]:
     known = read_hardware(file)
     match = _GPUS.fullmatch((gpus or _found()).strip())
     names = {name.lower(): name for name in known}
-    if match is None or match[2].lower() not in names or match[1] == "0":
+    if match is None or match[2].lower() not in names or int(match[1] or 1) < 1:
         raise RunError(f"--gpus: {gpus} is not known. Write a number of one of {', '.join(known)}, as 8xH100.")
     hardware = known[names[match[2].lower()]]
     return hardware, int(match[1] or 1)
@@ -119,6 +123,6 @@ def _found() -> str:
     if not lines:
         return "1xCPU"
     for words, name in _WORDS.items():
-        if re.search(words, lines[0]):
+        if re.search(rf"\b{words}", lines[0]):
             return f"{len(lines)}x{name}"
     raise RunError(f"--gpus: this machine has {lines[0]}, of which nothing is known. Write --gpus and --hardware FILE.")

@@ -1,6 +1,7 @@
 """The verb: what it chooses, what it refuses, how fast it answers."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -90,9 +91,11 @@ def test_what_cannot_fit_is_refused_with_the_number(capsys):
     [
         (["--gpus", "8xB7000"], "--gpus: 8xB7000 is not known"),
         (["--gpus", "0xH100"], "--gpus: 0xH100 is not known"),
+        (["--gpus", "00xH100", "--stage", "sft"], "--gpus: 00xH100 is not known"),
         (["--gpus", "H100", "--nodes", "0"], "--nodes 0"),
         (["--gpus", "H100", "--supervised", "1.5"], "--supervised 1.5"),
         (["--gpus", "H100", "--hardware", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (["--gpus", "H100", "--hardware", sys.executable], "cannot be read ('utf-8' codec"),
         (["--gpus", "H100", "models.student.weights=some/model"], "models.student.weights: some/model is no folder"),
         (["--gpus", "1xH100", "--json", "README.md/plan.json"], "--json: README.md/plan.json cannot be written"),
         (["--gpus", "2xH100", "teachers={tensor_parallel: 2, per_node: 2}"], "teachers of 2 processes leave none"),
@@ -107,9 +110,39 @@ def test_a_file_of_hardware_wins_and_must_be_whole(tmp_path):
     text = OURS.read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("H100:", "mine:").replace("memory_gib: 79.6", "memory_gib: 10"))
     assert choose_hardware("4xmine", str(tmp_path / "mine.yaml"))[0].memory_gib == 10
+    (tmp_path / "number.yaml").write_text(text.replace("H100:", "4090:"))  # a number to YAML
+    assert choose_hardware("8x4090", str(tmp_path / "number.yaml"))[0].memory_gib == 79.6
+    (tmp_path / "alone.yaml").write_text(text.replace("network_gbs: 400", "network_gbs: 0"))
+    with pytest.raises(RunError, match="H100: network_gbs is 0"):
+        read_hardware(str(tmp_path / "alone.yaml"))
     (tmp_path / "part.yaml").write_text("mine: {memory_gib: 10}")
     with pytest.raises(RunError, match="is missing"):
         read_hardware(str(tmp_path / "part.yaml"))
+
+
+@pytest.mark.parametrize(
+    "line,found",
+    [
+        ("NVIDIA H100 80GB HBM3, 81559 MiB", "H100"),
+        ("NVIDIA H200, 143771 MiB", "H200"),
+        ("NVIDIA A100-SXM4-80GB, 81920 MiB", "A100-80"),
+        ("NVIDIA A100-SXM4-40GB, 40960 MiB", "A100-40"),
+        ("NVIDIA GeForce RTX 4090, 24564 MiB", "RTX4090"),
+        ("NVIDIA GH200 480GB, 97871 MiB", None),  # 96 GB beside a CPU of its own
+        ("Tesla V100-SXM2-32GB, 32768 MiB", None),
+    ],
+)
+def test_without_gpus_it_is_what_the_driver_lists_and_what_is_not_known_is_refused(line, found, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{line}'\necho '{line}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if found is None:
+        with pytest.raises(RunError, match="of which nothing is known"):
+            choose_hardware(None, None)
+    else:
+        hardware, count = choose_hardware(None, None)
+        assert (hardware.name, count) == (found, 2)
 
 
 def test_every_number_of_the_hardware_has_a_source():
