@@ -80,13 +80,17 @@ class Run:
         return min(most, own), ceil(own / most)
 
     @property
+    def are_served_apart(self) -> bool:
+        """Whether some teacher lacks a model, and so can form no target of all."""
+        return any(set(self.frozen) - set(names) for names in self.recipe.teachers.serves or [])
+
+    @property
     def payload(self) -> str:
         """The payload's kind; `auto` becomes what the run itself would choose."""
         references = self.recipe.references
         if references.payload != "auto":
             return references.payload
-        apart = any(set(self.frozen) - set(names) for names in self.recipe.teachers.serves or [])
-        if must_stay_apart(self.recipe.objective) or apart:
+        if must_stay_apart(self.recipe.objective) or self.are_served_apart:
             return "hidden"
         return "hidden" if sum(one.shape.hidden_size for one in self.frozen.values()) <= self.vocab_size else "target"
 
@@ -111,6 +115,8 @@ class Run:
             return None
         if reason := must_stay_apart(self.recipe.objective):
             return reason
+        if self.are_served_apart:
+            return "teachers.serves keeps the models apart"
         plain = self.recipe.objective.divergence.name == "forward_kl" and self.recipe.objective.support is None
         return None if kind != "sampled" or plain else "draws estimate forward_kl over all tokens alone"
 

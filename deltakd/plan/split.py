@@ -156,8 +156,9 @@ def _lacking(
     hardware = cluster.hardware
     served = [part for name, part in memory.items() if name != "student"]
     if hardware.is_cpu:  # all processes and what lies in host memory share it
-        whole = students * memory["student"].on_device + host + max(1, teachers) * sum(p.on_device for p in served[:1])
-        return _short("all processes of a node", whole, hardware.usable_bytes, hardware)
+        each = max(1, teachers) // max(1, len(served))  # processes of a teacher; of every kind there are as many
+        whole = students * memory["student"].on_device + host + each * sum(part.on_device for part in served)
+        return _short("the whole node", whole, hardware.usable_bytes, hardware)
     held = {name: part.on_device for name, part in memory.items()}
     if is_beside:
         held = {"the process with its teacher beside it": sum(held.values()) - hardware.context_gib * GIB}

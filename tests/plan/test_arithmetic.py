@@ -13,6 +13,8 @@ from deltakd.models.attention import register_documents
 from deltakd.models.forward import TokenBatch, head_weight, supervised_hidden
 from deltakd.plan import facts, memory, work
 from deltakd.plan.architecture import from_config, known_models, read_architecture
+from deltakd.plan.hardware import read_hardware
+from deltakd.plan.split import Cluster, splits
 from deltakd.recipe.load import load
 from deltakd.teacher.arena import slot_bytes_for
 from deltakd.teacher.payloads import PayloadSpec
@@ -126,6 +128,21 @@ def test_payloads_and_slots_have_the_size_that_the_service_gives_them(kind, tail
     assert sorted(run.payload_bytes(kind, 1001)) == [spec.num_bytes(1001, width) for width in widths]
     slot = slot_bytes_for(max(spec.num_bytes(8192, width) for width in widths))
     assert run.arena_bytes(kind) == 4 * len(widths) * slot  # look_ahead 2, and two more
+
+
+def test_where_all_share_a_memory_every_teacher_counts_with_what_it_serves_itself():
+    run = run_of("ultrachat", "teachers={per_node: 3, serves: [[teacher], [teacher_raw], [student_raw]]}")
+    small = dataclasses.replace(read_hardware()["CPU"], memory_gib=16, host_memory_gib=16)
+    (split,) = splits(run, Cluster(small, 4, 1))
+    served = [part.on_device for name, part in split.memory.items() if name != "student"]
+    whole = (split.memory["student"].on_device + split.host_bytes + sum(served)) / 2**30
+    assert len(served) == 3 and split.lacking.startswith(f"the whole node needs {whole:,.1f} GiB")
+
+
+def test_a_target_cannot_be_had_of_teachers_that_serve_one_model_each():
+    run = run_of("ultrachat", "teachers={per_node: 3, serves: [[teacher], [teacher_raw], [student_raw]]}")
+    assert [kind for kind in facts.KINDS if run.allows(kind) is None] == ["hidden", "logits"]
+    assert all(run_of("ultrachat").allows(kind) is None for kind in facts.KINDS)
 
 
 def state_of(num_students, *overrides):
