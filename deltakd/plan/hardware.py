@@ -40,7 +40,6 @@ class Hardware:
     network_gbs: float
     host_memory_gib: float
     host_gbs: float
-    per_node: int
     context_gib: float
     reserve: float
     temporaries: float

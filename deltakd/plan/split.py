@@ -86,7 +86,7 @@ def _split(run: Run, cluster: Cluster, students: int, teachers: int) -> Split:
     busy = max(student, gather)
     shared = is_beside and not hardware.is_cpu  # one device computes both
     together = busy + answers if shared or run.recipe.teachers.look_ahead == 0 else max(busy, answers)
-    update, writing = update_s(run, num_students, hardware), writing_s(run, num_students, hardware)
+    update, writing = update_s(run, num_students, students, hardware), writing_s(run, num_students, hardware)
     memory = {"student": student_memory(run, num_students, hardware)}
     roles = run.recipe.teachers.serves if run.recipe.teachers.serves and not is_beside else [list(run.frozen)]
     for index, served in enumerate(roles if run.asks_service else []):

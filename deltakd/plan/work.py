@@ -99,13 +99,13 @@ def work(run: Run, num_students: int) -> Work:
     )
 
 
-def update_s(run: Run, num_students: int, hardware: Hardware) -> float:
+def update_s(run: Run, num_students: int, on_node: int, hardware: Hardware) -> float:
     """Return the seconds of an optimizer step, which memory binds; offloaded state crosses PCIe and is the host's."""
     share = 1 if run.recipe.engine.name == "single" else num_students
     state = _ADAMW_BYTES * run.trained / share
     if getattr(run.recipe.engine, "offload", "none") == "none":
         return state / (hardware.hbm_gbs * GB)
-    host = hardware.host_gbs * GB / max(1, min(share, hardware.per_node))
+    host = hardware.host_gbs * GB / on_node
     return state / host + (4 + run.width) * run.trained / share / (hardware.pcie_gbs * GB)
 
 

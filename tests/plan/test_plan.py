@@ -149,7 +149,7 @@ def test_every_number_of_the_hardware_has_a_source():
     import yaml
 
     for name, entry in yaml.safe_load(OURS.read_text()).items():
-        stated = set(entry) - {"sources", "per_node", "is_cpu"}
+        stated = set(entry) - {"sources", "is_cpu"}
         assert stated == set(entry["sources"]) and set(read_hardware()) > {"H100", "H200", "CPU"}, name
 
 
@@ -170,6 +170,9 @@ def test_memory_that_is_saved_costs_time_where_it_should():
     assert waiting.best.update_s > again.best.update_s
     assert waiting.best.memory["student"].on_host > again.best.memory["student"].on_host
     assert any(change.setting.startswith("train.gradient_checkpointing=false") for change in again.changes)
+    # Each node's memory updates the share of its own students.
+    nodes = plan("ultrachat", ["engine.offload=optimizer"], gpus="2xH100", nodes=8, stage="sft")
+    assert nodes.best.update_s < 0.3 * waiting.best.update_s
 
 
 def test_look_ahead_hides_the_shorter_side():
