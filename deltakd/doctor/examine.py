@@ -25,7 +25,7 @@ PROBES: tuple[tuple[str, Probe], ...] = (
     ("gpu", gpus.driver),
     ("cuda", gpus.trial),
     ("wiring", gpus.wiring),
-    ("deepspeed", software.deepspeed_ops),
+    ("deepspeed", software.deepspeed),
     ("build locks", software.build_locks),
     ("shared memory", node.shared_memory),
     ("limits", node.limits),

@@ -11,7 +11,6 @@ import psutil
 from deltakd.base.scratch import leftovers
 from deltakd.doctor.gpus import nvidia_devices
 from deltakd.doctor.lines import Asked, Line, error, ok, size, warning
-from deltakd.doctor.software import extension_folder
 
 NO_SLOTS = 64 * 2**20  # what a container gets by default: not a payload of an ordinary run
 FEW_SLOTS = 4 * 2**30  # Qwen2.5 7B -> 1.5B: 16 slots of 142 MiB on a node with four students
@@ -131,7 +130,6 @@ def disks(asked: Asked) -> list[Line]:
         "runs": asked.runs,
         "hub cache": Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser(),
         "rows' cache": Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser(),
-        "compiled ops": extension_folder(),
     }
     return [_disk(name, folder) for name, folder in folders.items()]
 
@@ -144,7 +142,7 @@ def _disk(name: str, folder: Path) -> Line:
     said = f"{name}: {size(free)} free in {folder}"
     if free < DISK_FULL:
         return error("disk", said, "Free some, or write root=FOLDER on another disk; HF_HOME moves the caches")
-    if free < DISK_SMALL[bool(nvidia_devices())] and name != "compiled ops":
+    if free < DISK_SMALL[bool(nvidia_devices())]:
         return warning("disk", said, f"Expect to need {size(DISK_SMALL[bool(nvidia_devices())])}")
     return ok("disk", said, free=free)
 

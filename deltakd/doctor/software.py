@@ -1,10 +1,8 @@
-"""Python, the requirements and what is compiled: from metadata and files, without importing any of the libraries."""
+"""Python, the requirements and builds that were killed: from metadata and files, without importing a library."""
 
 import os
 import re
-import shutil
 import sys
-import sysconfig
 import time
 from collections.abc import Iterable, Sequence
 from importlib.metadata import Distribution, distributions, requires
@@ -101,41 +99,21 @@ def _package_file(package: str, name: str) -> Path | None:
 
 
 def extension_folder() -> Path:
-    """Return where torch and DeepSpeed put what they compile."""
+    """Return where torch puts the ops that it compiles."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(given or f"{cache}/torch_extensions").expanduser()
 
 
-def deepspeed_ops(asked: Asked) -> list[Line]:
-    """Say which op of DeepSpeed a run would compile, with what, and which is compiled already.
-
-    Optimizers are torch's own here, so of DeepSpeed's ops only the CPU's communication is ever built.
-    """
+def deepspeed(asked: Asked) -> list[Line]:
+    """Say whether DeepSpeed is there: AdamW is torch's own and the engine switches the CPU's communication op off."""
     if _package_file("deepspeed", "__init__.py") is None:
         return [error("deepspeed", "not installed", "Run `make install`, or write engine: {name: fsdp2}")]
-    if nvidia_devices():
-        return [ok("deepspeed", "on GPUs no op is compiled: AdamW is torch's own and NCCL carries the messages")]
-    built = sorted(file.name for file in extension_folder().glob("**/deepspeed_shm_comm/*.so"))
-    if built:
-        return [ok("deepspeed", f"deepspeed_shm_comm is compiled in {extension_folder()}")]
-    compiler = os.environ.get("CXX") or "c++"
-    missing = [name for name in (compiler, "ninja") if not _program(name)]
-    missing += [] if Path(sysconfig.get_paths()["include"], "Python.h").is_file() else ["Python.h"]
-    if missing:
-        todo = "Install a C++ compiler, ninja and Python's headers, or write engine: {name: fsdp2}"
-        said = f"would compile deepspeed_shm_comm, but there is no {' and no '.join(missing)}"
-        return [error("deepspeed", said, todo)]
-    return [ok("deepspeed", f"the first launch compiles deepspeed_shm_comm with {compiler}: about a minute, once")]
-
-
-def _program(name: str) -> str | None:
-    beside = Path(sys.executable).with_name(name)
-    return str(beside) if beside.exists() else shutil.which(name)
+    return [ok("deepspeed", "installed; a run compiles none of its ops")]
 
 
 def build_locks(asked: Asked) -> list[Line]:
-    """Look for locks of builds that were killed: whoever needs the same op next waits for them for ever."""
+    """Look for locks of builds that were killed: whoever compiles that op next waits for ever. No run does."""
     folder = extension_folder()
     locks = [lock for pattern in ("*/lock", "*/*/lock") for lock in folder.glob(pattern)]
     lines = [_judge(lock) for lock in sorted(locks)]
@@ -150,12 +128,12 @@ def _judge(lock: Path) -> Line:
     holder = _holder(facts.st_dev, facts.st_ino)
     if holder is not None:
         return ok("build locks", f"{lock}: process {holder} is building")
-    minutes, todo = (time.time() - facts.st_mtime) / 60, f"Run rm {lock}"
+    minutes = (time.time() - facts.st_mtime) / 60
     if _is_shared(lock) and 60 * minutes < ABANDONED_S:
         said = f"{lock}: {minutes:.0f} min old; another node builds, or was killed while it did"
         return warning("build locks", said, f"If no node builds: rm {lock}")
-    said = f"{lock}: left by a build that was killed {minutes:.0f} min ago; the next launch waits for it for ever"
-    return error("build locks", said, todo)
+    said = f"{lock}: left by a build that was killed {minutes:.0f} min ago; who compiles its op waits for ever"
+    return warning("build locks", said, f"Run rm {lock}")
 
 
 def _holder(device: int, inode: int) -> int | None:
