@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from deltakd.doctor.lines import Asked, Line, error, ok, warning
+from deltakd.doctor.lines import Asked, Line, error, hub_folder, ok, warning
 
 REACH_S = 3.0
 SLURM = ("sbatch", "srun", "squeue", "scontrol")
@@ -23,9 +23,11 @@ def hub(asked: Asked) -> list[Line]:
         return [ok("hub", f"{offline[0]} is set: nothing is asked, caches and local folders alone are read")]
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     token, source = _token()
+    if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+        return [error("hub", f"the token of {source} is more than one word", "Write the token alone")]
     url = f"{endpoint}/api/whoami-v2" if token else endpoint
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
+        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
         with urllib.request.urlopen(request, timeout=REACH_S) as answer:
             name = json.loads(answer.read()).get("name") if token else None
     except urllib.error.HTTPError as refusal:
@@ -48,11 +50,10 @@ def _token() -> tuple[str | None, str]:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name):
             return os.environ[name].strip(), name
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    file = Path(os.environ.get("HF_TOKEN_PATH") or f"{home}/token").expanduser()
+    file = Path(os.environ.get("HF_TOKEN_PATH") or hub_folder() / "token").expanduser()
     try:
         return file.read_text().strip() or None, str(file)
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None, ""
 
 

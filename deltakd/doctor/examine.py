@@ -70,9 +70,11 @@ def doctor(asked: Asked, report: Path | None) -> None:
     worst = max((line.status for line in lines), key=ORDER.index)
     counts = {status: sum(line.status == status for line in lines) for status in ORDER}
     if report is not None:
-        write_json(
-            report, {"status": worst, "counts": counts, "lines": [asdict(line) for line in lines]}, lasting=False
-        )
+        said = {"status": worst, "counts": counts, "lines": [asdict(line) for line in lines]}
+        try:
+            write_json(report, said, lasting=False)
+        except OSError as fault:
+            raise RunError(f"--json: {report} cannot be written ({fault.strerror}). Write a path.") from fault
     if counts["error"]:
         raise RunError(f"doctor: {counts['error']} of {len(lines)} lines are errors. Do what they say, then ask again.")
     print(f"No errors, {counts['warning']} warnings.")

@@ -58,6 +58,12 @@ def error(subject: str, text: str, todo: str, **facts: object) -> Line:
     return Line(subject, "error", text, todo, facts)
 
 
+def hub_folder() -> Path:
+    """Return where the hub's library keeps its token and its caches."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+
+
 def size(num_bytes: float) -> str:
     """Write a number of bytes for people."""
     for unit, factor in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20)):

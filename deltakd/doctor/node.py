@@ -10,7 +10,7 @@ import psutil
 
 from deltakd.base.scratch import leftovers
 from deltakd.doctor.gpus import nvidia_devices
-from deltakd.doctor.lines import Asked, Line, error, ok, size, warning
+from deltakd.doctor.lines import Asked, Line, error, hub_folder, ok, size, warning
 
 NO_SLOTS = 64 * 2**20  # what a container gets by default: not a payload of an ordinary run
 FEW_SLOTS = 4 * 2**30  # Qwen2.5 7B -> 1.5B: 16 slots of 142 MiB on a node with four students
@@ -89,7 +89,7 @@ def _meeting(asked: Asked) -> Line:
     port, chosen = asked.meeting_port
     if not isinstance(port, int) or not 0 < port < 2**16:
         return error(
-            "ports", f"MASTER_PORT is {port}, which is no port", "Write a number of 1024 to 65535, or unset it"
+            "ports", f"{port}, where students would meet, is no port", "Write 1024 to 65535 as MASTER_PORT or --port"
         )
     fault = _fault_of("", port)
     if fault is None:
@@ -125,7 +125,7 @@ def _listener(port: int) -> str | None:
 
 def disks(asked: Asked) -> list[Line]:
     """Look for room where runs and caches are written."""
-    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    home = hub_folder()
     folders = {
         "runs": asked.runs,
         "hub cache": Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser(),
@@ -135,7 +135,10 @@ def disks(asked: Asked) -> list[Line]:
 
 
 def _disk(name: str, folder: Path) -> Line:
-    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    try:
+        there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    except PermissionError as fault:  # of a folder of somebody else's not even this can be asked
+        return error("disk", f"{name}: {folder} cannot be looked at ({fault.strerror})", "Write a folder of your own")
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return error("disk", f"{name}: {folder} cannot be written to", f"Make {there} a folder that you may write to")
     free = shutil.disk_usage(there).free

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from deltakd.__main__ import main
 from deltakd.base.scratch import Scratch, leftovers, sweep
 from deltakd.doctor import around, examine, gpus, node, software
 from deltakd.doctor.lines import Asked, warning
@@ -88,6 +89,23 @@ def test_a_lock_that_a_build_holds_is_well_and_one_that_nobody_holds_is_named(tm
     assert software.build_locks(asked())[0].todo == f"If no node builds: rm {lock}"
     os.utime(lock, (time.time() - 7200,) * 2)
     assert software.build_locks(asked())[0].todo == f"Run rm {lock}"
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(examine, "examine", lambda _: [warning("x", "y", "z")])
+    (tmp_path / "file").touch()
+    assert main(["doctor", "--json", str(tmp_path / "file" / "report.json")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_caches_and_token_lie_where_the_hub_s_library_has_them(tmp_path, monkeypatch):
+    for name in ("HF_HOME", "HF_TOKEN", "HF_TOKEN_PATH", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "huggingface").mkdir()
+    (tmp_path / "huggingface" / "token").write_text("secret\n")
+    assert around._token() == ("secret", str(tmp_path / "huggingface" / "token"))
+    assert node.disks(asked())[1].text.endswith(f"free in {tmp_path}/huggingface/hub")
 
 
 def test_a_machine_without_a_compiler_is_sound_since_no_op_is_compiled(tmp_path, monkeypatch):
@@ -246,8 +264,12 @@ def test_the_hub_is_asked_once_and_a_token_that_it_refuses_is_said_without_being
         server.shutdown()
     assert [line.status for line in said.values()] == ["warning", "ok", "error"]
     assert "as anna" in said["right"].text and "wrong" not in str(said["wrong"])
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    assert "cannot be reached" in around.hub(asked())[0].text
+    monkeypatch.setenv("HF_TOKEN", "hf_one\nhf_two")  # http.client's refusal would repeat it
+    assert "hf_" not in around.hub(asked())[0].text and around.hub(asked())[0].status == "error"
+    monkeypatch.setenv("HF_TOKEN", "right")
+    for endpoint in ("http://127.0.0.1:9", "huggingface.co"):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        assert "cannot be reached" in around.hub(asked())[0].text
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert around.hub(asked())[0].status == "ok"
 
