@@ -225,5 +225,7 @@ def parse(command_line: argparse.ArgumentParser, arguments: Sequence[str] | None
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
         command_line.error(f"unrecognized arguments: {' '.join(unknown)} (a setting is written key.sub=value)")
+    if rest and not hasattr(options, "overrides"):
+        command_line.error(f"unrecognized arguments: {' '.join(rest)} (this verb reads no recipe, and no setting)")
     options.overrides = [*getattr(options, "overrides", []), *rest]
     return options

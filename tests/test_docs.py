@@ -117,6 +117,14 @@ def test_no_verb_of_a_user_s_is_without_an_example():
     assert set(verbs.choices) - {"shard"} == set(EXAMPLES)
 
 
+def test_a_setting_is_refused_where_no_recipe_is_read_and_taken_anywhere_else(capsys):
+    for verb in ("doctor", "tidy", "schema", "watch runs/x", "bench transport"):
+        with pytest.raises(SystemExit):
+            parse(parser(), [*verb.split(), "train.steps=3"])
+        assert "reads no recipe" in capsys.readouterr().err, verb
+    assert parse(parser(), ["plan", "ultrachat", "--gpus", "H100", "train.steps=3"]).overrides == ["train.steps=3"]
+
+
 def test_the_docs_show_commands():
     assert len(CASES) > 15 and {page.name for page, _ in CASES} >= {"README.md", "recipes.md", "quickstart.yaml"}
 
