@@ -11,16 +11,27 @@ def add_plan(verb: Callable[[str, str], argparse.ArgumentParser]) -> None:
     """Add the verb and its options."""
     command = verb("plan", "say what a training will take of some hardware: memory, time, the split, what binds")
     command.add_argument("--stage", help="a stage of the recipe's pipeline")
-    command.add_argument("--gpus", metavar="8xH100", help="a node's accelerators; default: what this machine has")
+    command.add_argument(
+        "--gpus",
+        metavar="8xH100",
+        help="a node's: a number of H100, H200, A100-80, A100-40, L40S, RTX4090 or CPU; default: those of this machine",
+    )
     command.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes of them; default: 1")
     command.add_argument(
-        "--hardware", metavar="FILE", help="other accelerators, as deltakd/plan/hardware.yaml has them"
+        "--hardware", metavar="FILE", help="accelerators of your own, in the form of deltakd/plan/hardware.yaml"
     )
     command.add_argument(
-        "--supervised", type=float, default=SUPERVISED, metavar="SHARE", help="of the tokens; default: 0.6"
+        "--supervised",
+        type=float,
+        default=SUPERVISED,
+        metavar="SHARE",
+        help="of the tokens that is learnt, where the recipe does not settle it; default: 0.6",
     )
     command.add_argument(
-        "--document", type=int, metavar="TOKENS", help="of a document, for attention; default: data.max_tokens"
+        "--document",
+        type=int,
+        metavar="TOKENS",
+        help="of a document, which attention does not look beyond; default: data.max_tokens",
     )
     command.add_argument("--json", metavar="FILE", help="write everything as JSON as well")
 

@@ -106,6 +106,14 @@ def test_a_wrong_word_is_one_sentence(arguments, words, capsys):
     assert words in capsys.readouterr().err
 
 
+def test_the_help_names_all_hardware(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        main(["plan", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(name in shown for name in read_hardware())
+
+
 def test_a_file_of_hardware_wins_and_must_be_whole(tmp_path):
     text = OURS.read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("H100:", "mine:").replace("memory_gib: 79.6", "memory_gib: 10"))
