@@ -26,14 +26,14 @@ def show(plan: Plan) -> None:
 def _headline(plan: Plan) -> list[str]:
     best, run, hardware = plan.best, plan.run, plan.cluster.hardware
     tokens, micro_batches = run.micro_batch(plan.num_students)
-    teachers = f"{best.teachers} teachers" if best.teachers else "its teacher beside it" if best.is_beside else ""
-    split = f"{best.students} students{f', {teachers}' if teachers else ''} a node".replace("1 students", "1 student")
+    teachers = _several(best.teachers, "teacher") if best.teachers else "its teacher beside it" * best.is_beside
+    split = f"{_several(best.students, 'student')}{f', {teachers}' if teachers else ''} a node"
+    share = _several(micro_batches, "micro-batch", "es")
     learnt = f"{run.supervised:.0%} of tokens supervised, documents of {run.document:,}"
     return [
         f"{plan.cluster.num_nodes} x {plan.cluster.per_node}x{hardware.name}: {split}; {_count(plan.tokens_per_s)} "
         f"tokens/s, {best.step_s:.3g} s a step, {plan.hours:,.3g} hours for {run.recipe.train.steps:,} steps",
-        f"What binds: {best.binds}. A student takes {micro_batches} micro-batches of {tokens:,} tokens a step "
-        f"(assumed: {learnt}).",
+        f"What binds: {best.binds}. A student takes {share} of {tokens:,} tokens a step (assumed: {learnt}).",
         "By arithmetic, not measured: docs/planning.md says what is left out, and how far runs were from it.",
     ]
 
@@ -121,6 +121,10 @@ def _changes(plan: Plan) -> Sequence[str]:
         faster = plan.best.step_s / change.step_s
         lines.append(f"{change.setting}: {faster:.2f} times as fast{f' ({change.note})' if change.note else ''}")
     return lines
+
+
+def _several(number: int, what: str, ending: str = "s") -> str:
+    return f"{number} {what}{'' if number == 1 else ending}"
 
 
 def _gib(size: float | None) -> str:
