@@ -163,15 +163,26 @@ def student_memory(run: Run, num_students: int, hardware: Hardware) -> Memory:
     return Memory(_some(device), _some(host))
 
 
+def writers(run: Run) -> list[tuple[Architecture, float]]:
+    """Return the models that write, with the bytes of their weights: a whole copy of the student, and a teacher beside
+    it whose tokens are mixed in."""
+    found = [(run.student, float(run.width * run.student.num_parameters))]
+    if run.recipe.rollouts.teacher_mix and (teacher := run.frozen.get("teacher")):
+        found.append((teacher.shape, weight_bytes(teacher.shape, run.width, teacher.in_8bit)))
+    return found
+
+
+def cached_bytes(run: Run, shape: Architecture, rows: int, tokens: int) -> float:
+    """Return the keys and values of so many rows of so many tokens."""
+    return float(rows * tokens * 2 * shape.kv * shape.num_layers * run.width)
+
+
 def writing_bytes(run: Run) -> float:
-    """Return a whole copy of the student, its keys and values while it writes, and a teacher beside it."""
-    rollouts, shape = run.recipe.rollouts, run.student
+    """Return the models that write, and their keys and values while they do."""
+    rollouts, tokens = run.recipe.rollouts, run.recipe.data.max_tokens
     if not rollouts.are_written:
         return 0.0
-    cached = rollouts.batch_size * run.recipe.data.max_tokens * 2 * shape.kv * shape.num_layers * run.width
-    teacher = run.frozen.get("teacher")
-    beside = weight_bytes(teacher.shape, run.width, teacher.in_8bit) if rollouts.teacher_mix and teacher else 0.0
-    return run.width * shape.num_parameters + cached + beside
+    return sum(held + cached_bytes(run, shape, rollouts.batch_size, tokens) for shape, held in writers(run))
 
 
 def weight_bytes(shape: Architecture, w: int, in_8bit: bool = False, split: int = 1) -> float:

@@ -11,7 +11,7 @@ from math import ceil
 from deltakd.plan.architecture import Architecture
 from deltakd.plan.facts import BYTES, KINDS, Frozen, Run
 from deltakd.plan.hardware import GB, Hardware
-from deltakd.plan.memory import layer_activations, weight_bytes
+from deltakd.plan.memory import cached_bytes, layer_activations, weight_bytes, writers
 
 _ADAMW_BYTES = 28  # of a float32 parameter: its gradient and both moments are read, moments and weight written
 _PASSES = 4  # over kept activations: written, read, their gradients written and read
@@ -110,19 +110,21 @@ def update_s(run: Run, num_students: int, on_node: int, hardware: Hardware) -> f
 
 
 def writing_s(run: Run, num_students: int, hardware: Hardware) -> float:
-    """Return the seconds a step, on average, in which the student writes: weights are read once for each token.
+    """Return the seconds a step, on average, in which the student writes, and a teacher with it: weights are read once
+    for each token.
 
     Assumes answers of max_new_tokens, or of half a document where that is less.
     """
-    rollouts, shape = run.recipe.rollouts, run.student
+    rollouts, flops = run.recipe.rollouts, hardware.flops(run.recipe.models.dtype)
     if not rollouts.are_written:
         return 0.0
     prompts = ceil(run.recipe.train.tokens_per_step / run.document / num_students)
     batch = min(prompts, rollouts.batch_size)
     new = min(rollouts.max_new_tokens, max(1, run.document // 2))
-    cached = batch * run.document * 2 * shape.kv * shape.num_layers * run.width
-    each = (run.width * shape.num_parameters + cached) / (hardware.hbm_gbs * GB)
-    each = max(each, 2.0 * shape.num_parameters * batch / hardware.flops(run.recipe.models.dtype))
+    each = 0.0
+    for shape, held in writers(run):
+        read = (held + cached_bytes(run, shape, batch, run.document)) / (hardware.hbm_gbs * GB)
+        each += max(read, 2.0 * shape.num_parameters * batch / flops)
     return rollouts.on_policy_fraction * ceil(prompts / batch) * new * each
 
 
