@@ -13,7 +13,7 @@ from deltakd.doctor.gpus import nvidia_devices
 from deltakd.doctor.lines import Asked, Line, error, hub_folder, ok, size, warning
 
 NO_SLOTS = 64 * 2**20  # what a container gets by default: not a payload of an ordinary run
-FEW_SLOTS = 4 * 2**30  # Qwen2.5 7B -> 1.5B: 16 slots of 142 MiB on a node with four students
+FEW_SLOTS = 4 * 2**30  # Qwen2.5 7B -> 1.5B: 48 slots of 56 MiB on a node with four students
 FILES, FEW_FILES = 256, 4096
 PROCESSES, FEW_PROCESSES = 256, 4096
 FIRST_PORT, LAST_PORT = 49152, 65535  # ZeroMQ binds students' ports at random among these
