@@ -1,19 +1,29 @@
 """Files and folders that are whole or not there, whatever comes while they are written: kills, full disks, no power."""
 
+import glob
 import json
 import os
 import shutil
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+ABANDONED_S = 3600.0  # after which a part of a file belongs to a writer that was killed
 
 
 def write_text(path: Path, text: str, lasting: bool = True) -> None:
     """Write a file beside its name and rename it, so that a reader or a crash never sees half of it.
 
-    One that is not `lasting` costs no wait for the disk, and may be empty after a loss of power.
+    Of two processes that write it at once the last one's stays. One that is not `lasting` costs no wait for the disk,
+    and may be empty after a loss of power.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with suppress(FileNotFoundError):  # its writer has just renamed it
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
     part.write_text(text)
     if lasting:
         settle(part)

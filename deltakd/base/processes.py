@@ -144,7 +144,7 @@ def launch_identity(directory: Path) -> str:
 def use_threads() -> None:
     """Take one thread per process unless OMP_NUM_THREADS says otherwise, so that sums do not depend on the node."""
     threads = os.environ.get("OMP_NUM_THREADS", "1").partition(",")[0]
-    if not threads.isdigit() or int(threads) < 1:
+    if not threads.isdecimal() or int(threads) < 1:
         raise RunError(f"OMP_NUM_THREADS: {threads!r} is no number of threads. Write 1 or more.")
     import torch
 

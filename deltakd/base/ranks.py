@@ -40,7 +40,7 @@ def read_placement(environ: Mapping[str, str]) -> Placement:
         name = next((name for name in names if name in environ), None)
         if name is None:
             return default
-        if not environ[name].isdigit():
+        if not environ[name].isdecimal():
             raise RunError(f"launch: {name}={environ[name]!r} is no number. Start with deepspeed, torchrun or srun.")
         return int(environ[name])
 

@@ -42,7 +42,7 @@ class Pulse:
 def pulse_from_environment() -> Pulse:
     """Return the pulse that this process was given."""
     descriptor = os.environ.pop(PULSE, "")
-    if not descriptor.isdigit():
+    if not descriptor.isdecimal():
         return Pulse(None)
     pipe = int(descriptor)
     os.set_inheritable(pipe, False)

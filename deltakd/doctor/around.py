@@ -27,7 +27,9 @@ def hub(asked: Asked) -> list[Line]:
         return [error("hub", f"the token of {source} is more than one word", "Write the token alone")]
     url = f"{endpoint}/api/whoami-v2" if token else endpoint
     try:
-        request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(url)
+        if token:  # not sent on, should the hub redirect to somewhere else
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         with urllib.request.urlopen(request, timeout=REACH_S) as answer:
             name = json.loads(answer.read()).get("name") if token else None
     except urllib.error.HTTPError as refusal:

@@ -42,7 +42,7 @@ def driver(asked: Asked) -> list[Line]:
             lines.append(
                 warning("gpu", f"GPU {index} takes one process: a student and its teacher cannot share it", todo)
             )
-        if total.isdigit() and used.isdigit() and int(used) > BUSY * int(total):
+        if total.isdecimal() and used.isdecimal() and int(used) > BUSY * int(total):
             todo = "Look at nvidia-smi for whose they are"
             lines.append(warning("gpu", f"GPU {index}: {used} of {total} MiB are taken by others", todo))
     return lines

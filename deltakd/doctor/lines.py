@@ -26,7 +26,7 @@ class Asked:
         given = os.environ.get("MASTER_PORT")
         if self.port is not None or given is None:
             return (DEFAULT_PORT, False) if self.port is None else (self.port, True)
-        return (int(given) if given.isdigit() else given), True
+        return (int(given) if given.isdecimal() else given), True
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def threads(asked: Asked) -> list[Line]:
     """Hold OMP_NUM_THREADS against the cores that this process may use."""
     cores, given = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")
     first = (given or "1").partition(",")[0]
-    if not first.isdigit() or int(first) < 1:
+    if not first.isdecimal() or int(first) < 1:
         return [error("threads", f"OMP_NUM_THREADS is {given!r}, no number of threads", "Write 1 or more, or unset it")]
     if given is None:
         return [ok("threads", f"OMP_NUM_THREADS is unset: one a process, on {cores} cores", cores=cores)]

@@ -73,6 +73,7 @@ def resolve(where: str, settings: WeightsSettings) -> Path:
                 settings.weights,
                 revision=settings.revision,
                 allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"],
+                ignore_patterns=["consolidated*", "original/*"],  # a second copy of the weights, for other programs
             )
         )
 

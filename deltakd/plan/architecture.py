@@ -15,7 +15,14 @@ import yaml
 
 from deltakd.base.errors import ModelError
 
-NORMS = {"qwen2": 2, "qwen3": 2, "llama": 2, "mistral": 2, "gemma2": 4}  # of each layer; and the known types
+NORMS = {
+    "qwen2": 2,
+    "qwen3": 2,
+    "llama": 2,
+    "mistral": 2,
+    "gemma": 2,
+    "gemma2": 4,
+}  # of each layer; and the known types
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 TUNED = ("-Instruct", "-it", "-Chat")
 
@@ -36,6 +43,7 @@ class Architecture:
     max_positions: int
     window: int | None = None  # of attention; None: all that came before
     norms_per_layer: int = 2
+    norms_in_float32: bool = False  # throughout, and with 1 + weight
     norms_heads: bool = False  # queries and keys have a norm of their own (qwen3)
     has_bias: bool = False  # of queries, keys and values
 
@@ -118,6 +126,8 @@ def known_models() -> dict[str, dict[str, Any]]:
 
 def from_config(where: str, name: str, config: Mapping[str, Any]) -> Architecture:
     """Read a config.json. Raises ModelError for a form that is not known or a size that is missing."""
+    if not isinstance(config, Mapping):
+        raise ModelError(f"{where}: the config.json of {name} holds no mapping. Fetch it again.")
     config = config.get("text_config", config)
     kind = str(config.get("model_type"))
     if kind not in NORMS or any(config.get(key) for key in EXPERTS):
@@ -141,8 +151,13 @@ def from_config(where: str, name: str, config: Mapping[str, Any]) -> Architectur
             max_positions=int(config.get("max_position_embeddings") or 0),
             window=config.get("sliding_window") if config.get("use_sliding_window", kind != "qwen2") else None,
             norms_per_layer=NORMS[kind],
+            norms_in_float32=kind.startswith("gemma"),
             norms_heads=kind == "qwen3",
             has_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
         )
     except KeyError as error:
         raise ModelError(f"{where}: the config.json of {name} has no {error.args[0]}. Fetch it again.") from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"{where}: the config.json of {name} has a size that is none ({error}). Fetch it again."
+        ) from error

@@ -12,7 +12,7 @@ from deltakd.base.errors import ModelError
 from deltakd.losses.settings import must_stay_apart, needed_references
 from deltakd.models.settings import NewModelSettings, role_key
 from deltakd.plan.architecture import Architecture, known_models, read_architecture
-from deltakd.recipe.load import load
+from deltakd.recipe.load import load, recipe_names
 from deltakd.recipe.schema import Recipe
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -177,6 +177,10 @@ def _find(
         if stage.train is not None and Path(weights) == root / stage.name / "export":
             before = load(name, overrides, stage.name).recipe
             return _find(where, name, overrides, recipe, before.models.student.weights, depth - 1)
+    owner = root.name  # a baseline takes its models from the recipe whose folder it shares
+    if depth and root in Path(weights).parents and owner != name and owner in recipe_names():
+        shared = [f"root={recipe.root}", *(word for word in overrides if word.startswith("models."))]
+        return _find(where, owner, shared, load(owner, shared).recipe, weights, depth - 1)
     return None
 
 

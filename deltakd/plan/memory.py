@@ -51,8 +51,8 @@ def layer_activations(shape: Architecture, w: int, attention: str, tokens: int) 
     """
     h, q, kv, i = shape.hidden_size, shape.q, shape.kv, shape.intermediate_size
     norms = shape.norms_per_layer * (h * (4 + 2 * w) + 4)
-    if shape.norms_per_layer == 4:  # Gemma's norms compute in float32 throughout; two of their outputs are only added
-        norms = 4 * (8 * h + 4) + 2 * h * w
+    if shape.norms_in_float32:  # of four, as Gemma 2 has, two outputs are only added
+        norms = shape.norms_per_layer * (8 * h + 4) + 2 * h * w
     if attention == "eager":
         capped = 2 if shape.norms_per_layer == 4 else 1  # scores, once more where tanh caps them
         return norms + 4 * w * q + 4 * w * i + shape.num_heads * tokens * (capped * w + (4 if w == 2 else 0))

@@ -143,7 +143,7 @@ def _fill(queue: _Queue, jobs: int, console: Console) -> None:
 def _begin(training: Training, slot: int, devices: Sequence[str]) -> _Life:
     path = training.directory.path
     path.mkdir(parents=True, exist_ok=True)
-    environment = launch_environment() | {"OMP_NUM_THREADS": "1"}
+    environment = launch_environment()
     count: int | None = 1
     if devices:
         environment["CUDA_VISIBLE_DEVICES"] = devices[slot % len(devices)]

@@ -86,6 +86,7 @@ def read_grid(recipe: str, words: Sequence[str], name: str | None = None) -> Gri
                 )
     points = [_point(recipe, name, fixed, dict(zip(varied, texts, strict=True)), short) for texts in product_of(varied)]
     _refuse_alike(points)
+    _refuse_other_rows(points)
     return Grid(recipe, name, values, fixed, points)
 
 
@@ -184,6 +185,18 @@ def _slug(text: str) -> str:
         return name
     mark = hashlib.blake2b(text.encode(), digest_size=2).hexdigest()
     return f"{name[:LONGEST]}_{mark}".lstrip("_")
+
+
+def _refuse_other_rows(points: Sequence[Point]) -> None:
+    """Refuse points that would be scored by other rows or settings: of a block that holds these besides."""
+    first = points[0].loaded.recipe
+    for point in points[1:]:
+        recipe = point.loaded.recipe
+        if (recipe.data.validation, recipe.evaluation) != (first.data.validation, first.evaluation):
+            raise RunError(
+                f"sweep: {points[0].label} and {point.label} differ in {' or '.join(MEASURE)} and cannot be compared. "
+                "Write the keys that vary alone."
+            )
 
 
 def _refuse_alike(points: Sequence[Point]) -> None:

@@ -150,14 +150,15 @@ def _as_begun(grid: Grid, point: Point) -> tuple[Point, bool]:
     if stored.exists():
         try:
             begun = yaml.safe_load(stored.read_text())["references"]
-        except (yaml.YAMLError, KeyError, TypeError) as error:
+            given = {PAYLOAD: begun["payload"], SOURCE: begun["from"]}
+        except (yaml.YAMLError, KeyError, TypeError, OSError, UnicodeDecodeError) as error:
             raise RunError(
                 f"{stored}: cannot be read ({type(error).__name__}). Remove the folder {run.path}."
             ) from error
-        payload = [] if _is_given(grid, PAYLOAD) else [f"{PAYLOAD}={begun['payload']}"]
+        payload = [] if _is_given(grid, PAYLOAD) else [f"{PAYLOAD}={given[PAYLOAD]}"]
         same = _with(grid, point, *payload)
         if run.finished() is not None:
-            done = _with(grid, same, f"{SOURCE}={begun['from']}")
+            done = _with(grid, same, f"{SOURCE}={given[SOURCE]}")
             if _is_finished(run, done.loaded.recipe):
                 return done, True
         return same, False

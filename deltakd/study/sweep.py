@@ -8,6 +8,7 @@
 Each point is a command that a user could have typed. The same command goes on after any kill and repeats nothing.
 """
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -39,7 +40,6 @@ from deltakd.study.sharing import Sharing, share
 
 SCORED = TEACHER, RAW = "teacher", "student_raw"  # beside the points
 JOB_SCRIPT = "slurm/deltakd_qwen.sbatch"
-LINES = "points.txt"
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def sweep(asked: Asked) -> None:
         scores, frozen = _score(grid, [label for label, one in status.items() if one == "finished"], console)
         found = report(grid, status, faults, scores, frozen, baseline)
         _write(grid, found, asked)
-    text = markdown(found)
-    write_text(grid.folder / "table.md", text)
+        text = markdown(found)
+        write_text(grid.folder / "table.md", text)
     print(f"{text}\nResults: {grid.folder}/sweep.json, answers in {grid.folder}/predictions/")
     refuse_failed(faults, len(grid.points))
 
@@ -117,6 +117,8 @@ def _train(grid: Grid, sharing: Sharing, jobs: int | None, console: Console) -> 
 
 def _score(grid: Grid, labels: Sequence[str], console: Console) -> tuple[dict[str, ModelScores], list[ModelScores]]:
     """Score the points that are trained, the teacher and the raw student, all by the first point's settings."""
+    if not labels:
+        return {}, []
     loaded = grid.points[0].loaded
     roles = loaded.recipe.models.roles
     weights = {role: roles[role].weights for role in SCORED if role in roles}
@@ -146,8 +148,10 @@ def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:
     Raises RunError if this machine has no sbatch, after saying what to type where there is one.
     """
     root = as_override("root", sharing.points[0].loaded.recipe.root)  # the same folder, wherever a task runs
-    lines = grid.folder / LINES
-    write_text(lines, "".join(shlex.join([*point.overrides, root]) + "\n" for point in sharing.points))
+    text = "".join(shlex.join([*point.overrides, root]) + "\n" for point in sharing.points)
+    # A name of its own: tasks that still wait read their line when they begin, and a longer sweep has other lines.
+    lines = grid.folder / f"points-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}.txt"
+    write_text(lines, text)
     tasks = [str(number) for number, one in enumerate(sharing.points, 1) if one.label not in sharing.finished]
     command = ["sbatch", f"--array={','.join(tasks)}", *_words(asked.sbatch), JOB_SCRIPT]
     shown = f"SWEEP={shlex.quote(str(lines))} RECIPE={shlex.quote(grid.recipe)} {shlex.join(command)}"

@@ -20,7 +20,8 @@ def test_a_name_is_given_only_to_what_the_disk_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", told(os.fsync, lambda number: Path(f"/proc/self/fd/{number}").readlink().name))
     monkeypatch.setattr(os, "replace", told(os.replace, lambda old, new: f"{Path(old).name} to {Path(new).name}"))
     write_text(tmp_path / "run.json", "{}")
-    assert said == ["run.json.part", "run.json.part to run.json"]
+    part = f"run.json.{os.getpid()}.part"
+    assert said == [part, f"{part} to run.json"]
     write_text(tmp_path / "it.part" / "in" / "a", "x", lasting=False)
     del said[:]
     put_in_place(tmp_path / "it.part", tmp_path / "it")

@@ -63,14 +63,14 @@ def test_known_sizes_come_to_the_parameters_that_the_weights_hold(name):
     assert read_architecture("here", f"{name}-Instruct").num_parameters == shape.num_parameters
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2"])
 def test_parameters_are_those_of_the_model_that_transformers_makes(kind):
     model, shape = model_of(kind, 3, device="meta")
     assert shape.num_parameters == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "gemma", "gemma2"])
 def test_what_a_layer_keeps_for_its_backward_pass_is_what_autograd_keeps(kind, dtype):
     """A second layer adds what one layer keeps; memory that weights lie in is not counted. Within 1%."""
 

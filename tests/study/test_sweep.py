@@ -168,7 +168,7 @@ def test_a_sweep_is_one_array_of_the_jobs_that_there_are(swept, tmp_path, capfd,
     words = [word.replace("seed=1,2", "seed=2,9").replace("tried", "array") for word in one.words]
     assert main([*words, "--slurm"]) == 2
     said = capfd.readouterr()
-    lines = one.root / "sweeps" / "array" / "points.txt"
+    (lines,) = (one.root / "sweeps" / "array").glob("points-*.txt")
     shown = f"SWEEP={lines} RECIPE={one.lab.recipe} sbatch --array=1,2,3,4 slurm/deltakd_qwen.sbatch\n"
     assert said.out == shown and "sbatch: not found. Type the line above" in said.err
     script = tmp_path / "sbatch"
