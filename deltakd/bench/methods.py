@@ -21,6 +21,7 @@ from deltakd.bench.method_plan import SET_HERE, Base, Run, plan
 from deltakd.bench.method_table import Measured, markdown, summarise
 from deltakd.bench.rates import RATES, SEED, choose, describe, rate_runs
 from deltakd.evaluate.compare import ModelScores
+from deltakd.evaluate.grouped import write_groups
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.recipe import generating, pipeline
 from deltakd.recipe.evaluation import score_models
@@ -185,6 +186,10 @@ def _score(one: Comparison, runs: Sequence[Run], console: Console) -> tuple[dict
     for run in runs:
         methods.setdefault(run.method.name, []).append(_measured(run, scores[run.label]))
     summary = summarise(methods, BASELINE, recipe.evaluation.num_resamples, recipe.evaluation.seed)
+    groups = {label: [scores[label]] for label in roles}
+    groups |= {name: [each.scores for each in measured] for name, measured in methods.items()}
+    differences = {name: figures["difference"] for name, figures in summary.items()}
+    write_groups(base.root / one.within / SCORES, groups, BASELINE, differences, machine_facts())
     frozen, adds = [scores[label] for label in roles], {run.method.name: run.method.blocks for run in runs}
     figures = {
         "steps": runs[0].recipe.train.steps,

@@ -14,7 +14,7 @@ import msgspec
 from deltakd.base.machine import commit, timestamp
 from deltakd.report import evaluations as methods
 from deltakd.report.evaluations import Evaluation, Table
-from deltakd.report.examples import Examples, examples
+from deltakd.report.examples import MOST_LETTERS, Examples, examples
 from deltakd.report.figures import charts, plotly_source
 from deltakd.report.find import Found, find
 from deltakd.report.gaps import gaps, scored_runs
@@ -52,7 +52,7 @@ def page(material: Material, title: str) -> str:
     """Return the page as HTML."""
     runs, tables = material.runs, material.tables
     by_name = {one.name: one for one in material.evaluations}
-    shown = [examples(table, by_name) for table in tables]
+    shown = [examples(table, by_name, MOST_LETTERS // max(1, len(tables))) for table in tables]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )

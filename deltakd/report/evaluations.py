@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -86,8 +87,25 @@ class Evaluation:
     scored: Sequence[str]  # models with scores of their own, in the table or not yet
     notes: Sequence[str]
 
+    def members(self, label: str) -> dict[str, str]:
+        """Return the runs that a row is made of, by label, with their weights: from several seeds, or one alone."""
+        facts = self.models.get(label, {})
+        runs = facts.get("runs")
+        return (
+            {str(name): str(weights) for name, weights in runs.items()}
+            if isinstance(runs, dict) and runs
+            else {label: str(facts.get("weights", ""))}
+        )
+
     def rows(self, label: str) -> dict[str, list[float]]:
-        """Return a model's scores row by row, {} if they are not there."""
+        """Return a row's scores prompt by prompt, means over its runs; {} if they are not there."""
+        runs = [self._rows(name) for name in self.members(label)]
+        common = [metric for metric in runs[0] if len({len(run.get(metric, [])) for run in runs}) == 1]
+        return {
+            metric: [fmean(values) for values in zip(*(run[metric] for run in runs), strict=True)] for metric in common
+        }
+
+    def _rows(self, label: str) -> dict[str, list[float]]:
         try:
             stored = json.loads((self.path / "scores" / f"{label}.json").read_text())["scores"]["rows"]
             return {str(metric): [float(value) for value in values] for metric, values in stored.items()}

@@ -24,9 +24,12 @@ class Examples:
 
 
 def answers_of(evaluation: Evaluation, label: str) -> list[dict[str, Any]]:
-    """Return a model's answers with what was measured of each; [] if there are none, or they cannot be read."""
+    """Return a model's answers with what was measured of each; [] if there are none, or they cannot be read.
+
+    Of a row from several seeds those of the first.
+    """
     try:
-        return read_predictions(evaluation.path, label)
+        return read_predictions(evaluation.path, next(iter(evaluation.members(label))))
     except (OSError, ValueError):  # ValueError: not Parquet, or not whole
         return []
 

@@ -53,10 +53,12 @@ def scored_runs(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> dict[
     made: dict[tuple[str, str], str] = {}
     by_folder = {str(run.path): run for run in runs}
     for evaluation in evaluations:
-        for label, facts in evaluation.models.items():
-            run = _run_of(PurePath(str(facts.get("weights", ""))).parts, evaluation, by_folder)
-            if run is not None:
-                made[evaluation.name, label] = run.name
+        for label in evaluation.models:
+            for name, weights in evaluation.members(label).items():
+                run = _run_of(PurePath(weights).parts, evaluation, by_folder)
+                if run is not None:
+                    made.setdefault((evaluation.name, label), run.name)
+                    made[evaluation.name, name] = run.name
     return made
 
 

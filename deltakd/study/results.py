@@ -65,6 +65,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def label_of(setting: Mapping[str, Any], short: Mapping[str, str]) -> str:
+    """Name a setting as its points are: `alpha=0.5, sft_weight=0`."""
+    return ", ".join(f"{short[key]}={_text(value)}" for key, value in setting.items())
+
+
 def report(
     grid: Grid,
     status: Mapping[str, str],
@@ -169,7 +174,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _legend(found: Mapping[str, Any]) -> str:
     seeds = found["settings"][0]["seeds"] if found["settings"] else []
-    against = ", ".join(f"{found['short'][key]}={_text(value)}" for key, value in found["baseline"].items())
+    against = label_of(found["baseline"], found["short"])
     over = "prompts and seeds, both resampled; of so few seeds it is too narrow where seeds matter more than prompts"
     if len(seeds) < 2:
         over = "prompts alone: there is one seed, and the interval does not know how far another would be"

@@ -26,6 +26,7 @@ from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
 from deltakd.base.rundir import RunDirectory
 from deltakd.evaluate.compare import ModelScores
+from deltakd.evaluate.grouped import write_groups
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.recipe.caching import cache_for
 from deltakd.recipe.evaluation import score_models
@@ -35,7 +36,7 @@ from deltakd.recipe.paths import check_hub, check_paths
 from deltakd.recipe.pipeline import name_accelerator
 from deltakd.recipe.trainings import Training, free_devices, refuse_failed, train_all
 from deltakd.study.grid import Grid, read_grid
-from deltakd.study.results import find_baseline, markdown, report
+from deltakd.study.results import find_baseline, label_of, markdown, report
 from deltakd.study.sharing import Sharing, share
 
 SCORED = TEACHER, RAW = "teacher", "student_raw"  # beside the points
@@ -88,6 +89,7 @@ def sweep(asked: Asked) -> None:
         scores, frozen = _score(grid, [label for label, one in status.items() if one == "finished"], console)
         found = report(grid, status, faults, scores, frozen, baseline)
         _write(grid, found, asked)
+        _write_for_report(grid, found, scores, frozen)
         text = markdown(found)
         write_text(grid.folder / "table.md", text)
     print(f"{text}\nResults: {grid.folder}/sweep.json, answers in {grid.folder}/predictions/")
@@ -140,6 +142,23 @@ def _words(options: str) -> list[str]:
         return shlex.split(options)
     except ValueError as error:
         raise RunError(f"--sbatch: {options} cannot be cut into words ({error}). Close its quotes.") from None
+
+
+def _write_for_report(
+    grid: Grid, found: dict[str, Any], scores: dict[str, ModelScores], frozen: Sequence[ModelScores]
+) -> None:
+    """Write the settings as rows of results.json, if their baseline is among them."""
+    by_label = {one["label"]: one["values"] for one in found["points"]}
+    groups, differences = {one.label: [one] for one in frozen}, dict[str, dict[str, Any]]()
+    baseline = None
+    for setting in found["settings"]:
+        label = label_of(setting["values"], grid.short)
+        groups[label] = [one for name, one in scores.items() if setting["values"].items() <= by_label[name].items()]
+        taken = {metric: one["difference"] for metric, one in setting["metrics"].items()}
+        differences[label] = {metric: one for metric, one in taken.items() if one is not None}
+        baseline = label if setting["values"] == found["baseline"] else baseline
+    if baseline is not None:
+        write_groups(grid.folder, groups, baseline, differences, machine_facts())
 
 
 def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:

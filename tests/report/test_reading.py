@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from deltakd.base.errors import RunError
+from deltakd.evaluate.compare import ModelScores
+from deltakd.evaluate.grouped import write_groups
 from deltakd.report.build import gather
 from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
 from deltakd.report.examples import answers_of, examples
@@ -143,6 +145,28 @@ def test_answers_to_one_prompt_stand_together_with_their_scores(tmp_path):
     assert shown.rows[0]["answers"][1]["scores"] == {"rougeL": 0.6, "cross_entropy": 0.2}
     few = examples(table, {"evaluation": evaluation}, most_letters=400)
     assert 0 < len(few.rows) < 3 and few.num_prompts == 3
+
+
+def test_a_row_of_several_seeds_is_their_mean_by_prompt_with_the_first_one_s_answers(tmp_path):
+    labels = ["sft_seed1", "sft_seed2", "delta_seed1"]
+    folder = make_evaluation(tmp_path / "evaluation", labels, "sft_seed1")
+    scores = {label: read_evaluation("each", folder).rows(label) for label in labels}
+    runs = {label: ModelScores(label, f"{label}/export", "id", scores[label], 3) for label in labels}
+    groups = {"sft": [runs["sft_seed1"], runs["sft_seed2"]], "delta": [runs["delta_seed1"]]}
+    taken = {"delta": {"cross_entropy": {"mean": -1.0, "low": -2.0, "high": -0.5}}}
+    write_groups(folder, groups, "sft", taken, {"seed": 3})
+    evaluation = read_evaluation("evaluation", folder)
+    [table] = tables([evaluation])
+    sft, delta = table.rows
+    both = np.mean([scores["sft_seed1"]["cross_entropy"], scores["sft_seed2"]["cross_entropy"]], axis=0)
+    assert evaluation.rows("sft")["cross_entropy"] == pytest.approx(list(both))
+    assert sft.cells["cross_entropy"].mean == pytest.approx(both.mean()) and table.baseline == "sft"
+    assert sft.cells["cross_entropy"].low == pytest.approx(interval_of_mean(both)[0])
+    assert delta.cells["cross_entropy"].verdict("cross_entropy") == "better"
+    shown = examples(table, {"evaluation": evaluation})
+    assert list(shown.models) == ["sft", "delta"]
+    assert shown.rows[0]["answers"][0]["text"] == answers_of(evaluation, "sft")[0]["answer"]
+    assert answers_of(evaluation, "sft") == answers_of(evaluation, "sft_seed1")
 
 
 def test_answers_that_cannot_be_read_are_none(tmp_path):

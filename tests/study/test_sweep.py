@@ -12,6 +12,7 @@ import pytest
 from deltakd.__main__ import main
 from deltakd.evaluate.predictions import read_predictions
 from deltakd.recipe import pipeline
+from deltakd.report.build import gather
 from deltakd.study.grid import read_grid
 from deltakd.study.sharing import share
 from tests.run.running import curve, wait_until
@@ -144,6 +145,12 @@ def test_every_point_is_scored_and_nothing_is_done_twice(swept, capsys, monkeypa
     by_seed = [point["metrics"]["kl_to_teacher"]["by_seed"] for point in curve_of_alpha["points"]]
     expected = sum(b - a for a, b in zip(*by_seed, strict=True)) / 2
     assert curve_of_alpha["points"][1]["metrics"]["kl_to_teacher"]["difference"]["mean"] == pytest.approx(expected)
+
+    (table,) = gather([str(one.folder)]).tables  # of a report
+    assert table.baseline == "alpha=0"
+    assert [row.label for row in table.rows] == ["teacher", "student_raw", "alpha=0", "alpha=0.5"]
+    assert table.rows[3].cells["kl_to_teacher"].mean == pytest.approx(sum(by_seed[1]) / 2)
+    assert all(row.cells["kl_to_teacher"].low is not None for row in table.rows)
 
     before = (one.folder / "table.md").read_text()
     monkeypatch.setattr(pipeline.sys, "executable", "/bin/false")  # nothing can be started now
