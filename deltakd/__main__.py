@@ -87,7 +87,11 @@ def _dispatch(options: argparse.Namespace) -> None:
     else:
         from deltakd.recipe import pipeline
 
-        if options.verb == "run":
+        if options.verb == "run" and options.dry_run:
+            from deltakd.dry_run.walk import dry_run
+
+            dry_run(options.recipe, options.overrides, options.stage, options.processes)
+        elif options.verb == "run":
             pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
         else:
             pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)

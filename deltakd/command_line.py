@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--processes", type=int, metavar="N", help="processes per training stage; default: one per accelerator"
     )
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="with tiny random models of the same architectures instead: three steps of the recipe's own training (or "
+        "of --stage's) through the real processes, a resume, an evaluation and a report, on any machine, in minutes",
+    )
     train = verb("train", "train: the recipe itself or one stage of it, with the launcher that fits this machine")
     train.add_argument("--stage", help="a stage of the recipe's pipeline")
     train.add_argument("--processes", type=int, metavar="N", help="processes; default: one per accelerator")

@@ -26,6 +26,7 @@ LAYERS = {
     "plan": 6,
     "doctor": 6,
     "study": 7,
+    "dry_run": 7,
     "command_line": 8,
     "__main__": 9,
     "launchers": 10,

@@ -24,6 +24,11 @@ def write_new_model(settings: NewModelSettings, folder: Path, dtype: torch.dtype
         intermediate_size=settings.intermediate_size,
         max_position_embeddings=settings.max_positions,
         tie_word_embeddings=settings.tie_embeddings,
+        **(
+            {}
+            if settings.architecture in ("qwen2", "llama")
+            else {"head_dim": settings.hidden_size // settings.num_heads}
+        ),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

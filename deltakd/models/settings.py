@@ -74,7 +74,7 @@ def role_key(role: str) -> str:
 class NewModelSettings(Settings):
     """A new model with random weights, for worlds that bring no model of their own (the quickstart)."""
 
-    architecture: Literal["qwen2", "llama"] = "qwen2"
+    architecture: Literal["qwen2", "qwen3", "llama", "mistral", "gemma", "gemma2"] = "qwen2"
     tokenizer: str = Field(description="Folder of the tokenizer that the model speaks.")
     hidden_size: int = Field(gt=0)
     num_layers: int = Field(gt=0)

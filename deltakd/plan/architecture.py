@@ -41,6 +41,7 @@ class Architecture:
     head_rows: int
     is_tied: bool
     max_positions: int
+    kind: str = "qwen2"  # its model_type
     window: int | None = None  # of attention; None: all that came before
     norms_per_layer: int = 2
     norms_in_float32: bool = False  # throughout, and with 1 + weight
@@ -149,6 +150,7 @@ def from_config(where: str, name: str, config: Mapping[str, Any]) -> Architectur
             head_rows=int(config["vocab_size"]),
             is_tied=bool(config.get("tie_word_embeddings", False)),
             max_positions=int(config.get("max_position_embeddings") or 0),
+            kind=kind,
             window=config.get("sliding_window") if config.get("use_sliding_window", kind != "qwen2") else None,
             norms_per_layer=NORMS[kind],
             norms_in_float32=kind.startswith("gemma"),

@@ -177,8 +177,9 @@ def _find(
         if stage.train is not None and Path(weights) == root / stage.name / "export":
             before = load(name, overrides, stage.name).recipe
             return _find(where, name, overrides, recipe, before.models.student.weights, depth - 1)
-    owner = root.name  # a baseline takes its models from the recipe whose folder it shares
-    if depth and root in Path(weights).parents and owner != name and owner in recipe_names():
+    # A baseline takes its models from the recipe whose folder it shares, wherever root=... puts that.
+    owner = Path(load(name).recipe.root).name if depth and root in Path(weights).parents else name
+    if owner != name and owner in recipe_names():
         shared = [f"root={recipe.root}", *(word for word in overrides if word.startswith("models."))]
         return _find(where, owner, shared, load(owner, shared).recipe, weights, depth - 1)
     return None
@@ -201,5 +202,6 @@ def _made(name: str, model: NewModelSettings, recipe: Recipe) -> Architecture:
         head_rows=rows or 4096,
         is_tied=model.tie_embeddings,
         max_positions=model.max_positions,
+        kind=model.architecture,
         has_bias=model.architecture == "qwen2",
     )

@@ -1,0 +1,57 @@
+"""A dry run: every recipe can be made small, and the walk goes through the processes that a run has."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deltakd.__main__ import main
+from deltakd.dry_run.walk import read_tiny
+from deltakd.plan.facts import read_run
+from deltakd.recipe.load import load, recipe_names
+
+KEPT = ("objective", "references", "engine")  # what a recipe is about is not made small
+
+
+def stages_of(name: str) -> list[str | None]:
+    return [None, *(stage.name for stage in load(name).recipe.pipeline if stage.train is not None)]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_training_of_the_recipe_book_can_be_made_small_and_stays_itself(name, tmp_path):
+    for stage in stages_of(name):
+        loaded = load(name, [], stage)
+        run = read_run(name, [], loaded.recipe, loaded.where, 0.6, None)
+        tiny = read_tiny(run, tmp_path)
+        for key in KEPT:
+            assert getattr(tiny, key) == getattr(loaded.recipe, key), (stage, key)
+        assert tiny.models.lora == loaded.recipe.models.lora and tiny.data.format == loaded.recipe.data.format
+        assert tiny.rollouts.on_policy_fraction == loaded.recipe.rollouts.on_policy_fraction
+        assert tiny.train.steps == 3 and tiny.directory == f"{tmp_path}/train"
+        for model in (tiny.models.roles[role] for role in ("student", *run.frozen)):
+            assert Path(model.weights).parent == tmp_path
+
+
+def test_the_walk_trains_with_teachers_goes_on_from_a_checkpoint_evaluates_and_reports(tmp_path, capsys):
+    assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}"]) == 0, capsys.readouterr().err
+    assert f"its page is {tmp_path}/dry_run/report.html" in capsys.readouterr().out
+    run = tmp_path / "dry_run" / "train"
+    lines = {name: (run / f"{name}.jsonl").read_text().splitlines() for name in ("steps", "resumed", "processes")}
+    assert [json.loads(line)["step"] for line in lines["steps"]] == [1, 2, 3]
+    assert [json.loads(line)["step"] for line in lines["resumed"]] == [2]
+    processes = [json.loads(line) for line in lines["processes"]]
+    assert [one["role"] for one in processes].count("teacher") == 4  # two lives, two teachers each
+    heads = json.loads((tmp_path / "dry_run" / "model1" / "config.json").read_text())["vocab_size"]
+    assert heads in (151_936, 152_064) and (run / "export" / "model.safetensors").exists()
+    assert "ROUGE" in (tmp_path / "dry_run" / "report.html").read_text()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_book_dry_runs(name, tmp_path, capsys):
+    assert main(["run", name, "--dry-run", f"root={tmp_path}"]) == 0, capsys.readouterr().err
+
+
+def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
+    assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}", "train.step=1"]) == 2
+    assert "train.step: unknown key" in capsys.readouterr().err and not any(tmp_path.iterdir())
