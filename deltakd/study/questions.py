@@ -37,14 +37,14 @@ class Question(Settings):
     methods: list[str] = Field(default_factory=list, description="What `deltakd bench methods` compares instead.")
     learning_rates: list[float] = Field(default_factory=list, description="Of which each method has its best.")
     seeds: list[int] = Field([1, 2, 3], description="Of the methods.")
-    set: list[str] = Field(default_factory=list, description="Settings of all trainings.")
+    steps: int | None = Field(None, gt=0, description="Of the methods' trainings; null: as the recipe says.")
 
     @model_validator(mode="after")
     def _has_one_way(self) -> "Question":
         if bool(self.sweep) == bool(self.methods):
             raise ValueError("it has both a sweep and methods, or none. Write one of them")
-        if self.learning_rates and not self.methods:
-            raise ValueError("learning_rates belong to methods. Write train.learning_rate=... into the sweep")
+        if (self.learning_rates or self.steps) and not self.methods:
+            raise ValueError("learning_rates and steps belong to methods. Write train.steps=... into the sweep")
         return self
 
 

@@ -95,7 +95,7 @@ def _base(asked: Asked, one: Asking, rows: Mapping[str, Sequence[str]]) -> Base:
 
 
 def _words(one: Asking, base: Base) -> list[str]:
-    return [*base.overrides, *one.question.set, *one.question.sweep]
+    return [*base.overrides, *one.question.sweep]
 
 
 def _refuse(one: Asking, base: Base) -> None:
@@ -110,10 +110,8 @@ def _refuse(one: Asking, base: Base) -> None:
 def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:
     question = one.question
     if question.methods:
-        own = Base(base.name, base.rows, [*base.own, *question.set], base.root)
-        engine, within = own.load().recipe.engine.name, f"{one.name}/"
-        rates = question.learning_rates
-        comparison = Comparison(own, question.methods, question.seeds, None, engine, rates, within)
+        engine, within, rates = base.load().recipe.engine.name, f"{one.name}/", question.learning_rates
+        comparison = Comparison(base, question.methods, question.seeds, question.steps, engine, rates, within)
         ((_, table),) = compare_methods([comparison], jobs, console)
         write_text(base.root / one.name / TABLE, table)
         return
@@ -134,7 +132,7 @@ def _tables(found: Study, every: Sequence[Asking], asked: Asked) -> str:
         asked_before = one.name
         folder = asked.root / one.world
         table = folder / (one.name if one.question.methods else f"sweeps/{one.name}") / TABLE
-        lines.append(f"### {one.world}: {' '.join([one.recipe, *one.set, *one.question.set])}")
+        lines.append(f"### {one.world}: {' '.join([one.recipe, *one.set])}")
         lines.append(_without_title(table.read_text()) if table.exists() else "Not measured yet.")
     return "\n\n".join(lines) + "\n"
 

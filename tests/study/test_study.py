@@ -27,12 +27,12 @@ def test_every_question_of_a_study_can_be_asked(name):
     first, second = (STUDIES / f"{name}.yaml").read_text().splitlines()[:2]
     assert first.startswith(f"# python -m deltakd study {name}") and second.startswith("# Measured: ")
     for one in askings(read_study(name), []):
-        base = Base(one.recipe, [], [*one.set, *one.question.set], Path("runs") / one.world)
+        base = Base(one.recipe, [], one.set, Path("runs") / one.world)
         if one.question.sweep:
             grid = read_grid(base.name, [*base.overrides, *one.question.sweep], one.name)
             assert len(grid.points) % 3 == 0 and "seed" in grid.keys  # three seeds of every setting
             continue
-        runs = plan(base, one.question.methods, one.question.seeds, None, "single", within=f"{one.name}/")
+        runs = plan(base, one.question.methods, one.question.seeds, one.question.steps, "single", within=f"{one.name}/")
         assert len(runs) == 3 * len(one.question.methods) and len(set(one.question.learning_rates)) != 1
         assert {run.recipe.directory.split("/")[1:3] == [one.world, one.name] for run in runs} == {True}
 
