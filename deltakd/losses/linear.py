@@ -79,7 +79,7 @@ def linear_loss(
     `references` says, by model name, what each frozen model that the objective needs says of the N tokens: logits
     [N, >= V] or (hidden states [N, H_m], head [>= V, H_m]). `target` stands for the whole target: its summed logits,
     TopK or Sampled. The shared vocabulary is the number of rows of `head_VH`; wider references are cut to it before
-    anything is normalised (mathematics: vocabulary). N may be 0: the total and the gradients are then 0,
+    anything is normalised (docs/objectives.md: vocabulary). N may be 0: the total and the gradients are then 0,
     whatever the references. `chunk_tokens` (default: the objective's own) changes memory, not results.
     `draws` [N]: the labels are tokens that the student drew.
 

@@ -46,7 +46,7 @@ class TeacherTarget(Settings):
 
 
 class DeltaTarget(Settings):
-    """The teacher's fine-tuning shift, applied to the student's own starting point (mathematics: the delta point)."""
+    """The teacher's fine-tuning shift, applied to the student's own starting point. Source: 2509.14526, Eq. 8."""
 
     name: Literal["delta"]
     alpha: float = Field(
@@ -267,7 +267,7 @@ def start_alpha(target: Target) -> float:
 
 
 def point_weights(target: Target, alpha: float) -> tuple[Weights, Weights]:
-    """Return the weights of the frozen point P and of the point Q that holds the student (mathematics: points)."""
+    """Return the weights of the frozen point P and of the point Q that holds the student (docs/concepts.md: points)."""
     student = {"student": 1.0}
     if isinstance(target, TeacherTarget):
         return {"teacher": 1.0}, student

@@ -1,4 +1,4 @@
-"""One vocabulary for all models of a run (mathematics: vocabulary).
+"""One vocabulary for all models of a run (docs/objectives.md: vocabulary).
 
 Models of one family pad their heads differently (Qwen2.5-7B has 152,064 rows, 1.5B has 151,936, the tokenizer knows
 151,665 ids). Every model must speak the same tokenizer; the shared vocabulary is the smallest head; rows above it are

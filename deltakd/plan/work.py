@@ -1,7 +1,7 @@
 """What a step computes and moves: operations of student and frozen models, bytes over every way.
 
 A parameter of a matrix costs two operations a token forward and four backward; attention two products with what came
-before, the head three and each frozen head one on supervised tokens (mathematics: the chunked loss). Element-wise work
+before, the head three and each frozen head one on supervised tokens (the chunked loss). Element-wise work
 is in the hardware's share of its peak.
 """
 

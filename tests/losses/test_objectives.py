@@ -73,7 +73,7 @@ def test_variant_one_is_delta_kd():
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if int(name[1]) % 2])
 def test_the_gradient_of_forward_variants_is_bounded_by_the_student_s_weight(name):
-    """At most sqrt(2) |q_student| / tau per token (mathematics: parallelogram), nearly reached far from the target."""
+    """At most sqrt(2) |q_student| / tau per token (docs/objectives.md), nearly reached far from the target."""
     z = {key: 40 * values for key, values in logits(10).items()}
     z["student"] = z["student"].requires_grad_()
     loss = objective({"target": {"name": "parallelogram", "variant": name, "alpha": 0.25}, "temperature": 2.0})

@@ -33,7 +33,7 @@ def test_it_answers_fast_and_without_heavy_libraries(tmp_path):
     assert report["split"]["students"] + report["split"]["teachers"] == 8
     assert f"{report['tokens_per_s']:,.0f} tokens/s" in "\n".join(shown)
     assert {row["payload"]: row["bytes_per_token"] for row in report["payloads"]} == {
-        "hidden": 17_408,  # mathematics, section 6
+        "hidden": 17_408,  # docs/concepts.md: payloads
         "logits": 911_616,
         "target": 303_872,
         "top_k": 64 * 6 + 2,
