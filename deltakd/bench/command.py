@@ -20,6 +20,7 @@ MEASUREMENTS = {
     "growth": "how a step's time and memory grow with the length of documents and with the vocabulary",
     "rollouts": "how fast a student under ZeRO-3 writes its own answers, with a whole copy of it and without",
     "methods": "every method and baseline on the same models, data and steps, from several seeds, in one table",
+    "pictures": "draw the pictures of docs/concepts.md, computed by the code that trains",
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
@@ -62,6 +63,7 @@ def add_bench(verbs: Any, example: Mapping[str, Any]) -> None:
     variants.add_argument("--alphas", default="0.25,0.5,1.0", help="default 0.25,0.5,1.0")
     of_recipe(variants)
     of_recipe(kind("payloads", "bench/payloads.json"))
+    kind("pictures", "bench/pictures")
     _add_of_shapes(kind)
     _add_methods(kind("methods", "bench/methods.json"))
 
@@ -148,15 +150,8 @@ def run_bench(options: argparse.Namespace) -> None:
     if options.measurement == "methods":
         _run_methods(options)
         return
-    if options.measurement == "growth":
-        from deltakd.bench import growth
-
-        growth.bench(options.steps, options.out, options.points)
-        return
-    if options.measurement == "cluster":
-        from deltakd.bench import cluster
-
-        cluster.bench(options.steps, options.rounds, options.out)
+    if options.measurement in ("growth", "cluster", "pictures"):
+        _run_alone(options)
         return
     if options.measurement == "step":
         from deltakd.bench import step
@@ -174,6 +169,21 @@ def run_bench(options: argparse.Namespace) -> None:
         from deltakd.bench import transport
 
         transport.bench([int(size) for size in options.sizes.split(",")], options.repeats, options.out)
+
+
+def _run_alone(options: argparse.Namespace) -> None:
+    if options.measurement == "growth":
+        from deltakd.bench import growth
+
+        growth.bench(options.steps, options.out, options.points)
+    elif options.measurement == "cluster":
+        from deltakd.bench import cluster
+
+        cluster.bench(options.steps, options.rounds, options.out)
+    else:
+        from deltakd.bench import pictures
+
+        pictures.bench(options.out)
 
 
 def _run_methods(options: argparse.Namespace) -> None:

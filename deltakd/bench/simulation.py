@@ -39,9 +39,21 @@ class Course:
     messages_per_s: float  # of the busiest socket: a student rank's, both ways
 
 
+@dataclass(frozen=True)
+class Span:
+    """What one rank did from one moment to another, in seconds since the start."""
+
+    rank: str  # "student 0", "teacher 1"
+    work: str  # ask (takes no time), work, update, or "answer 2" for the third frozen model
+    index: int  # of the micro-batch, from the first step on; of the step for update
+    begins: float
+    ends: float
+
+
 @dataclass
 class _Student:
     node: int
+    rank: str
     index: int = 0  # of the micro-batch that it works on, from the first step on
     asked: int = 0
     missing: dict[int, int] = field(default_factory=dict)  # answers to come, by micro-batch
@@ -52,7 +64,8 @@ class _Student:
 
 @dataclass
 class _Teacher:
-    queue: deque[tuple[_Student, int, float]] = field(default_factory=deque)
+    rank: str
+    queue: deque[tuple[_Student, int, int, float]] = field(default_factory=deque)  # for whom and what, model, seconds
     busy_s: float = 0.0
 
 
@@ -63,14 +76,19 @@ class _Run:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
         self.now = self.straggled_s = 0.0
-        self.students = [_Student(node) for node in range(plant.num_nodes) for _ in range(plant.students_per_node)]
-        self.teachers = [[_Teacher() for _ in range(plant.teachers_per_node)] for _ in range(plant.num_nodes)]
+        here, there = range(plant.students_per_node), range(plant.teachers_per_node)
+        self.students = [_Student(node, f"student {rank}") for node in range(plant.num_nodes) for rank in here]
+        self.teachers = [[_Teacher(f"teacher {rank}") for rank in there] for _ in range(plant.num_nodes)]
         self._arrived = 0
         self.finished = 0  # steps
+        self.spans: list[Span] = []
 
     def _later(self, seconds: float, then: Callable[[], None]) -> None:
         self._count += 1
         heapq.heappush(self._events, (self.now + seconds, self._count, then))
+
+    def _note(self, rank: str, work: str, index: int, seconds: float = 0.0) -> None:
+        self.spans.append(Span(rank, work, index, self.now, self.now + seconds))
 
     def _take(self, seconds: float) -> float:
         spread = self._plant.spread
@@ -89,9 +107,10 @@ class _Run:
         while student.asked <= student.index + plant.look_ahead:
             if plant.answer_s and plant.teachers_per_node:
                 student.missing[student.asked] = len(plant.answer_s)
-                for seconds in plant.answer_s:
+                self._note(student.rank, "ask", student.asked)
+                for model, seconds in enumerate(plant.answer_s):
                     teacher = min(self.teachers[student.node], key=lambda one: len(one.queue))
-                    teacher.queue.append((student, student.asked, self._take(seconds)))
+                    teacher.queue.append((student, student.asked, model, self._take(seconds)))
                     if len(teacher.queue) == 1:
                         self._answer(teacher)
             student.asked += 1
@@ -99,7 +118,8 @@ class _Run:
         self._work_if_there(student)
 
     def _answer(self, teacher: _Teacher) -> None:
-        student, index, seconds = teacher.queue[0]
+        student, index, model, seconds = teacher.queue[0]
+        self._note(teacher.rank, f"answer {model}", index, seconds)
 
         def answered() -> None:
             teacher.queue.popleft()
@@ -118,7 +138,9 @@ class _Run:
             return
         student.waited_s += self.now - student.since
         student.since = None
-        self._later(self._take(self._plant.work_s), lambda: self._worked(student))
+        seconds = self._take(self._plant.work_s)
+        self._note(student.rank, "work", student.index, seconds)
+        self._later(seconds, lambda: self._worked(student))
 
     def _worked(self, student: _Student) -> None:
         student.index += 1
@@ -130,6 +152,8 @@ class _Run:
         if self._arrived == len(self.students):
             self._arrived = 0
             self.straggled_s += sum(self.now - one.done_s for one in self.students)
+            for one in self.students:
+                self._note(one.rank, "update", self.finished, self._plant.update_s)
             self._later(self._plant.update_s, self._updated)
 
     def _updated(self) -> None:
@@ -152,3 +176,10 @@ def simulate(plant: Plant, steps: int = 20, seed: int = 17) -> Course:
         busy=sum(teacher.busy_s for teacher in teachers) / (run.now * len(teachers)) if teachers else 0.0,
         messages_per_s=2 * asks * plant.micro_batches * steps / run.now,
     )
+
+
+def timeline(plant: Plant, steps: int) -> list[Span]:
+    """Return who did what in the first steps of a plant of one node, in the order in which it began."""
+    run = _Run(plant, steps, seed=17)
+    run.run()
+    return run.spans
