@@ -86,3 +86,21 @@ def test_nobody_works_on_two_things_at_once_or_before_the_answers_are_there():
         assert len(answers) == 3 and max(span["ends"] for span in answers) <= work["begins"] + 1e-9
         asked = next(span for span in spans if span["index"] == work["index"] + 2 and span["work"] == "ask")
         assert asked["begins"] <= work["begins"], "two micro-batches are asked ahead"
+
+
+def test_the_page_says_what_its_pictures_show():
+    page = (COMMITTED.parent / "concepts.md").read_text()
+    target = pictures.targets()["target"]
+    for token, moves in (("Bern", "falls"), ("Zurich", "rises")):
+        at_0, at_half, at_1 = (
+            f"{probabilities[pictures.TOKENS.index(token)]:.0%}" for probabilities in target.values()
+        )
+        assert f"{token} {moves} from {at_0} to {at_half} and {at_1}" in " ".join(page.split())
+    numbers = pictures.divergences()
+    for name, widths in numbers["widths"].items():
+        drops = [apart for apart, (a, b) in zip(numbers["apart"][1:], pairwise(widths), strict=True) if b < 0.7 * a]
+        said = {0: "cover", 1: f"takes one from {drops[0]} on" if drops else ""}[len(drops)]
+        row = next(line for line in page.splitlines() if line.startswith(f"| `{name}` |"))
+        assert said in row and ("takes one" in row) == bool(drops), name
+    for path in COMMITTED.iterdir():
+        assert f"(pictures/{path.name})" in page
