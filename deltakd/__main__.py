@@ -121,6 +121,11 @@ def _dispatch_for_tools(options: argparse.Namespace) -> None:
 
         print(script(options.shell), end="")
         return
+    if options.api:
+        from deltakd.recipe import api
+
+        print(api.markdown(), end="")
+        return
     from deltakd.recipe.reference import json_schema, markdown
 
     print(markdown() if options.markdown else json.dumps(json_schema(), indent=2), end="\n" * (not options.markdown))

@@ -95,7 +95,9 @@ def test_a_library_is_imported_only_where_it_is_adapted(library):
 HEAVY = {"torch", "transformers", "deepspeed", "datasets", "zmq", "huggingface_hub", "argcomplete"}
 
 
-@pytest.mark.parametrize("words", ["check ultrachat", "doctor", "train --help", "schema", "stages ultrachat"])
+@pytest.mark.parametrize(
+    "words", ["check ultrachat", "doctor", "train --help", "schema", "schema --api", "stages ultrachat"]
+)
 def test_what_answers_at_once_imports_neither_torch_nor_transformers_and_takes_less_than_two_seconds(words):
     """Of the processor's time: other work shares the machine."""
     code = (

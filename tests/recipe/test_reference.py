@@ -1,6 +1,7 @@
 """What editors, shells and readers are given is what the loader takes."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from deltakd.__main__ import main
+from deltakd.recipe import api
 from deltakd.recipe.load import load_recipe
 from deltakd.recipe.reference import json_schema, keys, markdown
 
@@ -62,6 +64,25 @@ def test_the_page_is_what_the_settings_say_now():
     page = (REPOSITORY / "docs" / "reference.md").read_text()
     assert page == markdown()
     assert "| `steps` | a whole number above 0 | **must** |" in page and page.count("## `objective.target`, name ") == 5
+
+
+def test_the_page_of_the_interface_is_what_the_source_says_now(capsys):
+    """If this fails: python -m deltakd schema --api > docs/api.md."""
+    page = (REPOSITORY / "docs" / "api.md").read_text()
+    assert main(["schema", "--api"]) == 0
+    assert page == capsys.readouterr().out == api.markdown()
+    links = set(re.findall(r"\]\(#([\w-]+)\)", page))
+    assert links <= {re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall("^## (.+)$", page, re.MULTILINE)}
+    assert "    draws: Draws | None = None,\n) -> LinearLoss\n```" in page  # a signature as it is written
+    assert "- `at(alpha: float) -> Objective`: Return the objective with its target at another alpha" in page
+
+
+def test_every_module_class_and_function_of_the_interface_says_what_it_is():
+    parts = re.split("^##+ ", api.markdown(), flags=re.MULTILINE)[1:]
+    assert len(parts) > 100
+    for part in parts:
+        words = re.sub("```python.*?```", "", part.partition("\n")[2], flags=re.DOTALL).strip()
+        assert words and not words.startswith("- "), part
 
 
 def test_every_key_can_be_overridden_and_brings_its_few_values():
