@@ -36,7 +36,8 @@ def write_inputs(run: Run, folder: Path) -> None:
     train_tokenizer(TokenizerSettings(files=files, vocab_size=700), folder / "tokenizer")
     for seed, (weights, shape) in enumerate(_models(run).items()):
         is_student = weights == run.recipe.models.student.weights
-        settings = _shrunk(shape, str(folder / "tokenizer"), is_student, seed)
+        heads = STUDENT_HEADS if is_student else max(TEACHER_HEADS, run.recipe.teachers.tensor_parallel)
+        settings = _shrunk(shape, str(folder / "tokenizer"), heads, run.recipe.teachers.tensor_parallel, seed)
         write_new_model(settings, Path(_place(run, folder, weights)))
 
 
@@ -105,11 +106,11 @@ def _place(run: Run, folder: Path, weights: str) -> str:
     return str(folder / f"model{list(_models(run)).index(weights)}")
 
 
-def _shrunk(shape: Architecture, tokenizer: str, is_student: bool, seed: int) -> NewModelSettings:
-    heads = STUDENT_HEADS if is_student else TEACHER_HEADS
+def _shrunk(shape: Architecture, tokenizer: str, heads: int, parts: int, seed: int) -> NewModelSettings:
+    """Return a model with few heads of each kind, which as many processes as `parts` can share out."""
     sizes = {"hidden_size": heads * HEAD_DIM, "intermediate_size": 2 * heads * HEAD_DIM, "max_positions": 1024}
     sizes |= {"num_layers": 2, "num_heads": heads, "head_rows": shape.head_rows, "seed": seed}
-    sizes["num_kv_heads"] = heads if shape.num_kv_heads == shape.num_heads else heads // 2
+    sizes["num_kv_heads"] = heads if shape.num_kv_heads == shape.num_heads else min(heads, max(heads // 2, parts))
     words = {"tokenizer": tokenizer, "architecture": shape.kind, "tie_embeddings": shape.is_tied}
     return NewModelSettings.model_validate(words | sizes)
 

@@ -28,6 +28,10 @@ HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
+# What configs call that which is done to logits behind the head: capped, or scaled.
+BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
 @dataclass(frozen=True)
 class ModelFacts:
     """What can be known of a model without loading it."""
@@ -107,6 +111,7 @@ def load_model(
             use_safetensors=True,
             **special,
         )
+    _refuse_more_than_a_product(where, folder, model)
     if implementation == DOCUMENTS:
         _refuse_unfit_for_sdpa(where, folder, model)
     # transformers fills what is missing with random numbers and goes on.
@@ -130,6 +135,19 @@ def choose_attention(settings: ModelsSettings) -> tuple[str, str]:
     if settings.dtype == "float32":
         return "sdpa", "flash_attention_2 computes in 16 bit alone"
     return "flash_attention_2", "installed, and the device fits"
+
+
+def _refuse_more_than_a_product(where: str, folder: Path, model: Any) -> None:
+    """Raise ModelError for a model whose logits are more than its head's weight times its hidden states."""
+    config, head = model.config.get_text_config(decoder=True), model.get_output_embeddings()
+    found = {name: getattr(config, name, None) for name in BEHIND_THE_HEAD}
+    found |= {"a bias of the head": None if getattr(head, "bias", None) is None else "yes"}
+    for name, value in found.items():
+        if value not in (None, False, 1.0):
+            raise ModelError(
+                f"{where}: {folder} is a {config.model_type} whose logits are not its head's product alone "
+                f"({name}: {value}), which neither loss nor payloads compute. Write a model without."
+            )
 
 
 def _refuse_unfit_for_sdpa(where: str, folder: Path, model: Any) -> None:

@@ -84,7 +84,8 @@ def _check_source(recipe: Recipe, key: str, source: SourceSettings, where: Where
     }
     for setting, value in ignored.items():
         if files and value is not None:
-            raise RecipeError(f"{where(f'{key}.{setting}')}: {value}, but {source.path} is local. Leave {setting} out.")
+            blank = f"{setting}: {'train' if setting == 'split' else 'null'}"
+            raise RecipeError(f"{where(f'{key}.{setting}')}: {value}, but {source.path} is local. Write {blank}.")
     return files
 
 

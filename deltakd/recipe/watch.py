@@ -103,6 +103,7 @@ def _queues(statuses: Mapping[str, Mapping[str, Any]], steps: Sequence[Mapping[s
     starts = sum(line["role"] == "teacher" and not line.get("shard") for line in run.read_lines("processes.jsonl"))
     table.caption = (
         f"{rate}; {starts} starts of teachers\n"
-        "open: asked; unasked: nobody is there; kept: slots of a silent teacher; again: asked of another"
+        "open: asked; unasked: nobody is there, or no slot is free; "
+        "kept: slots of a silent teacher; again: asked of another"
     )
     return table

@@ -61,12 +61,32 @@ def test_a_model_in_8_bit_has_an_identity_of_its_own(lab):
     assert whole.identity != small.identity and whole.hidden_size == small.hidden_size
 
 
+@pytest.mark.parametrize(
+    ("architecture", "what"),
+    [
+        ("gemma2", "final_logit_softcapping: 30.0"),
+        ("cohere", "logit_scale: 0.0625"),
+        ("phi", "a bias of the head: yes"),
+    ],
+)
+def test_logits_that_are_more_than_the_head_s_product_are_refused(tmp_path, architecture, what):
+    """The loss and every payload would leave the rest out in silence."""
+    config = AutoConfig.for_model(
+        architecture, vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=8, intermediate_size=16, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    eager = settings("float32").model_copy(update={"attention": "eager"})
+    with pytest.raises(ModelError, match=f"is a {architecture} whose logits are not its head's product alone .{what}"):
+        load_model("models.teacher.weights", tmp_path, eager)
+
+
 @pytest.mark.parametrize("architecture", ["gemma2", "gpt_oss"])
 def test_attention_that_sdpa_does_not_compute_is_refused(tmp_path, architecture):
     """It would be left out in silence, or end in a trace at the first forward."""
     config = AutoConfig.for_model(
         architecture, vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=8, intermediate_size=16, num_local_experts=2, num_experts_per_tok=1,
+        head_dim=8, intermediate_size=16, num_local_experts=2, num_experts_per_tok=1, final_logit_softcapping=None,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=f"{architecture}, which sdpa does not compute .*attention: eager"):

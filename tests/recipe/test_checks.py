@@ -227,7 +227,7 @@ def test_files_folders_and_patterns_pass_if_no_file_is_both_trained_and_validate
     shared = refused_path("data.train.path='*/*.jsonl'", "data.validation.path=held_out")
     assert "held_out/rows.jsonl is also read for data.train" in shared
     ignored = refused_path("data.train.path=train", "data.train.split=test")
-    assert ignored == "command line: data.train.split: test, but train is local. Leave split out."
+    assert ignored == "command line: data.train.split: test, but train is local. Write split: train."
     assert "evaluation.kept.raw: x.jsonl does not exist" in refused_path("evaluation.kept.raw=x.jsonl")
 
 

@@ -59,6 +59,7 @@ def test_it_says_which_command_makes_the_models_that_are_missing(lab, tmp_path):
     assert done.returncode == 2 and "deltakd run" in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.soak
 def test_seqkd_learns_what_the_teacher_wrote(quickstart, lab, root):
     few = ["generation={num_prompts: 12, max_new_tokens: 6, unended: keep, temperature: 1.0}", *SMALL]
     done = lab.run("python", "-m", "deltakd", "run", "baselines/seqkd", f"root={root}", *few)

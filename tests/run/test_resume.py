@@ -81,7 +81,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_weights_of_an_undisturbed_
     [
         (None, PLAIN, signal.SIGTERM, "launcher"),
         (None, PLAIN, signal.SIGHUP, "launcher"),
-        (3, QUICK, signal.SIGUSR1, "last student"),
+        pytest.param(3, QUICK, signal.SIGUSR1, "last student", marks=pytest.mark.soak),  # tests/slurm sends it, too
         pytest.param(3, QUICK, signal.SIGINT, "all", marks=pytest.mark.soak),
         pytest.param(3, QUICK, signal.SIGTERM, "launcher", marks=pytest.mark.soak),
     ],

@@ -19,6 +19,7 @@ from tests.run.running import curve, wait_until
 
 STEPS = 30
 GRID = ["objective.target.alpha=0,0.5", "seed=1,2", f"train.steps={STEPS}", "checkpoints.every_steps=6"]
+GRID += ["engine={name: single}"]  # whose launches take seconds
 POINTS = [f"alpha={alpha},seed={seed}" for alpha in ("0", "0.5") for seed in (1, 2)]
 
 
