@@ -16,17 +16,7 @@ from torch import Tensor
 from deltakd.losses import objective
 from deltakd.losses.schedules import TaidAlpha
 from deltakd.losses.settings import TaidTarget
-
-# Three tokens over a vocabulary of five; no row is sorted, and no model agrees with another on its order.
-LOGITS = {
-    "student": [[0.3, -1.1, 0.8, 0.0, -0.4], [1.2, 0.5, -0.7, -2.0, 0.9], [-0.6, 0.1, 0.4, 1.5, -1.3]],
-    "teacher": [[-0.9, 1.4, 0.2, 1.1, 0.5], [0.1, -1.6, 2.2, 0.4, -0.3], [0.7, -0.2, -1.8, 0.9, 1.3]],
-    "teacher_raw": [[0.6, 0.3, -0.5, 0.9, -1.2], [-0.8, 0.2, 1.0, 0.7, 0.1], [1.1, -1.4, 0.3, -0.1, 0.8]],
-    "student_raw": [[-0.2, 0.4, 1.3, -0.7, 0.6], [0.9, 1.1, -0.3, 0.0, -1.5], [0.2, -0.9, 1.6, 0.5, -0.4]],
-}
-# Weighs the tokens' gradients apart, so that one token's cannot stand in for another's.
-COEFFICIENTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-FAR = 1e-3  # a mistaken number differs at least so much from the right one
+from tests.losses.golden import COEFFICIENTS, FAR, LOGITS
 
 Formula = Callable[[int, Tensor], Tensor]  # (token, the student's logits [V] there) -> its loss
 

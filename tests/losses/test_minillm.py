@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deltakd.losses import linear_loss
 from deltakd.losses.policy import Draws, log_probs_of, returns, rewards, whiten
-from tests.losses.golden import FAR, assert_equal, drawn, kl, policy
+from tests.losses.golden import FAR, assert_equal, drawn, kl, policy, worked_returns
 
 
 class TestSequences:
@@ -82,20 +82,6 @@ class TestSequences:
                 assert_equal(grad, expected)
             else:
                 assert (grad - expected).abs().max() > FAR
-
-
-def worked_returns(r: list[float], lengths: list[int], discount: float, own: bool, normalised: bool) -> list[float]:
-    """R_t = sum over t' >= first of discount^(t' - first) r_t', first being t, or t + 1 without the own reward."""
-    found, start = [], 0
-    for length in lengths:
-        for t in range(length):
-            first = t if own else t + 1
-            total = 0.0
-            for later in range(first, length):
-                total += discount ** (later - first) * r[start + later]  # 0.0 ** 0 is 1
-            found.append(total / max(1, length - first) if normalised else total)
-        start += length
-    return found
 
 
 class TestWholeStep:

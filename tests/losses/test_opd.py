@@ -13,19 +13,9 @@ from torch import Tensor
 
 from deltakd.losses import objective
 from deltakd.losses.policy import Draws, returns, rewards
-from tests.losses.golden import PLAIN
+from tests.losses.golden import COEFFICIENTS, FAR, LOGITS, PLAIN
 
 VOCAB = 5
-# Three tokens over a vocabulary of five; no model agrees with another on the order of any row.
-LOGITS = {
-    "student": [[0.3, -1.1, 0.8, 0.0, -0.4], [1.2, 0.5, -0.7, -2.0, 0.9], [-0.6, 0.1, 0.4, 1.5, -1.3]],
-    "teacher": [[-0.9, 1.4, 0.2, 1.1, 0.5], [0.1, -1.6, 2.2, 0.4, -0.3], [0.7, -0.2, -1.8, 0.9, 1.3]],
-    "teacher_raw": [[0.6, 0.3, -0.5, 0.9, -1.2], [-0.8, 0.2, 1.0, 0.7, 0.1], [1.1, -1.4, 0.3, -0.1, 0.8]],
-    "student_raw": [[-0.2, 0.4, 1.3, -0.7, 0.6], [0.9, 1.1, -0.3, 0.0, -1.5], [0.2, -0.9, 1.6, 0.5, -0.4]],
-}
-# Weighs the tokens' gradients apart, so that one token's cannot stand in for another's.
-COEFFICIENTS = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
-FAR = 1e-3  # a mistaken number differs at least so much from the right one
 LAMBDAS = [0.5, 1.0, 1.25, 2.0]
 Weights = Mapping[str, float]
 SHIFT = {"teacher": 1.0, "teacher_raw": -1.0}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from deltakd.losses import objective
 from deltakd.losses.policy import Draws, returns, rewards, whiten
-from tests.losses.golden import FAR, PLAIN, assert_equal, drawn, kl, policy
+from tests.losses.golden import FAR, PLAIN, assert_equal, drawn, kl, policy, worked_returns
 
 
 def block(**changes):
@@ -59,20 +59,6 @@ class TestRewards:
         one_by_one = [(logs["teacher"][t] - logs["student"][t]).item() for t in range(4)]
         assert_equal(found, numbers(*(sum(one_by_one[t:]) for t in range(4))))
         assert ((found - returns(rewards(raw, settings), lengths, settings)).abs() > FAR).all()
-
-
-def worked_returns(r: list[float], lengths: list[int], discount: float, own: bool, normalised: bool) -> list[float]:
-    """R_t = sum over t' >= first of discount^(t' - first) r_t', first being t, or t + 1 without the own reward."""
-    found, start = [], 0
-    for length in lengths:
-        for t in range(length):
-            first = t if own else t + 1
-            total = 0.0
-            for later in range(first, length):
-                total += discount ** (later - first) * r[start + later]  # 0.0 ** 0 is 1
-            found.append(total / max(1, length - first) if normalised else total)
-        start += length
-    return found
 
 
 class TestReturns:
