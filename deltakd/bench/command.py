@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ MEASUREMENTS = {
     "step": "a training step beside SFT and TRL, with references from a service, this process, disk and a cache",
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
+
+DRAWN = ("variants", "growth", "pictures")  # with plots beside the numbers
 
 
 def add_bench(verbs: Any, example: Mapping[str, Any]) -> None:
@@ -136,7 +139,9 @@ def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """Start the measurement that the options name."""
+    """Start the measurement that the options name. Raises RunError, before it, where nothing could draw its plots."""
+    if options.measurement in DRAWN and find_spec("matplotlib") is None:
+        raise RunError(f"bench {options.measurement}: matplotlib is not installed. Run `make install-dev`.")
     if options.measurement == "losses":
         from deltakd.bench import losses
 

@@ -104,3 +104,10 @@ def test_the_page_says_what_its_pictures_show():
         assert said in row and ("takes one" in row) == bool(drops), name
     for path in COMMITTED.iterdir():
         assert f"(pictures/{path.name})" in page
+
+
+@pytest.mark.parametrize("kind", ["variants quickstart", "growth", "pictures"])
+def test_what_draws_says_before_measuring_that_nothing_can_draw(kind, monkeypatch, capsys):
+    monkeypatch.setattr("deltakd.bench.command.find_spec", lambda name: None)
+    assert main(["bench", *kind.split(), "--out=nowhere/x"]) == 2
+    assert "matplotlib is not installed" in capsys.readouterr().err and not Path("nowhere").exists()
