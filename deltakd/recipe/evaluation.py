@@ -57,15 +57,19 @@ class Plan:
         found = {}
         for label, weights in self.settings.models.items():
             key = self.where.replace("LABEL", label)
-            revision = self._revision(label, weights)
-            found[label] = Weights(key, resolve(key, WeightsSettings(weights=weights, revision=revision)))
+            given = self._given(label, weights)
+            found[label] = Weights(key, resolve(key, given), given.load_in_8bit)
         return found
 
-    def _revision(self, label: str, weights: str) -> str | None:
-        """Return the revision that the recipe pins of a hub id: of the role that the label names, else of the first."""
+    def _given(self, label: str, weights: str) -> WeightsSettings:
+        """Return what the recipe says of weights, as the role that the label names has them, else the first that does.
+
+        So a teacher is the one that the student learnt from: of its revision, and in 8 bit if that served.
+        """
         roles = self.loaded.recipe.models.roles
         named = [roles[label]] if label in roles else []
-        return next((one.revision for one in (*named, *roles.values()) if one.weights == weights), None)
+        alike = (one for one in (*named, *roles.values()) if one.weights == weights)
+        return next(alike, WeightsSettings(weights=weights))
 
     @cached_property
     def asked(self) -> list[Asked]:

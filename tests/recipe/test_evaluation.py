@@ -63,14 +63,19 @@ def test_a_kill_between_answers_and_scores_leaves_no_scores_of_another_question(
     assert len(take(4)) == 4  # and not the five answers that lie there
 
 
-def test_a_revision_that_the_recipe_pins_is_the_one_that_is_scored(lab, tmp_path, monkeypatch):
+def test_a_model_is_scored_as_the_recipe_has_it_in_its_revision_and_its_bits(lab, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(evaluation, "resolve", lambda key, given: seen.update({key: given.revision}) or lab.folder)
     pinned = [f"models.{role}={{weights: a/b, revision: {role}}}" for role in ("teacher", "teacher_raw")]
+    pinned.append("models.teacher_raw.load_in_8bit=true")
     models = {"teacher_raw": "a/b", "mine": "a/b", "other": "a/c"}
     compared = CompareSettings(models=models, baseline="mine")
     plan = evaluation.Plan(load(str(lab.recipe), pinned), compared, tmp_path, "LABEL")
-    assert list(plan.models) == list(models)
+    assert {label: one.in_8bit for label, one in plan.models.items()} == {
+        "teacher_raw": True,
+        "mine": False,
+        "other": False,
+    }
     assert seen == {"teacher_raw": "teacher_raw", "mine": "teacher", "other": None}
 
 
