@@ -159,6 +159,22 @@ def test_bytes_of_a_parameter_are_those_of_the_engines():
     assert state_of(8, "models.lora={rank: 16}") < 0.3  # frozen weights, sharded; next to nothing beside them
 
 
+def test_each_part_of_the_state_has_its_bytes_by_name():
+    """An offload takes parts by their names: what is a gradient must not be called a weight."""
+    p = run_of().student.num_parameters
+    assert memory.optimizer_state(run_of(), 8) == {
+        "weights": 2 * p / 8,
+        "master weights": 4 * p / 8,
+        "gradients": 4 * p / 8,
+        "optimizer": 8 * p / 8,
+    }
+    stage_2 = memory.optimizer_state(run_of("ultrachat", "engine.zero_stage=2"), 8)
+    assert (stage_2["weights"], stage_2["optimizer"]) == (2 * p, 8 * p / 8)
+    assert stage_2["gradients"] == 4 * p / 8 + 2 * 500_000_000  # a bucket of one backward pass
+    fsdp2 = memory.optimizer_state(run_of("ultrachat", "engine={name: fsdp2}"), 8)
+    assert fsdp2 == {"weights": 4 * p / 8, "gradients": 4 * p / 8, "optimizer": 8 * p / 8}
+
+
 def test_a_model_that_a_stage_will_make_has_its_sizes():
     run = run_of("quickstart", "root=nowhere")
     assert run.student.hidden_size == 24 and run.student.head_rows == 1200 and run.student.num_layers == 2
