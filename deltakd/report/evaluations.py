@@ -64,6 +64,7 @@ class Table:
     num_prompts: int | None
     evaluations: Sequence[str]
     warnings: Sequence[str]
+    against: str  # in words: the baseline, or what of it is fixed where rows have one each
 
     @property
     def num_models(self) -> int:
@@ -159,7 +160,10 @@ def _table(group: Sequence[Evaluation]) -> Table:
             )
     warnings = dict.fromkeys(str(text) for one in group for text in one.facts.get("warnings", []))
     ordered = sorted(metrics, key=_place)
-    return Table(group[0].baseline, list(rows.values()), ordered, num_prompts, [one.name for one in group], [*warnings])
+    against = str(group[0].facts.get("against", group[0].baseline))
+    return Table(
+        group[0].baseline, list(rows.values()), ordered, num_prompts, [one.name for one in group], [*warnings], against
+    )
 
 
 def _place(metric: str) -> int:

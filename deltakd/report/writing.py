@@ -25,7 +25,7 @@ def _markdown(table: Table) -> str:
     lines += [
         "",
         f"{prompts}ROUGE: F1 x 100, more is better. Cross-entropy, KL and `kept`: nats per token, less is better. In "
-        f"brackets: mean difference per row to {table.baseline} with its paired 95% bootstrap interval, bold where it "
+        f"brackets: mean difference per row to {table.against} with its paired 95% bootstrap interval, bold where it "
         "does not hold 0.",
     ]
     return "\n".join(lines) + "\n"

@@ -16,7 +16,9 @@ def add_study(verb: Callable[[str, str], argparse.ArgumentParser], plain: Callab
     sweep.add_argument("--name", metavar="NAME", help="its folder under ROOT/sweeps; default: the keys that vary")
     sweep.add_argument("--jobs", type=int, metavar="N", help="trainings at a time; default: one per GPU, 1 on a CPU")
     sweep.add_argument(
-        "--baseline", metavar="alpha=0", help="the setting that others are held against; default: the first of all"
+        "--baseline",
+        metavar="alpha=0",
+        help="what others are held against, all else alike; default: the first setting of all",
     )
     sweep.add_argument("--slurm", action="store_true", help="submit what is missing as one array of slurm/'s jobs")
     sweep.add_argument("--sbatch", default="", metavar="OPTIONS", help="with --slurm: more of sbatch, in one word")

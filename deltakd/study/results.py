@@ -11,7 +11,7 @@ Nothing is trained or scored here: it takes the rows that were kept. `sweep.json
 
 `status` is finished, failed (and `why`), or waiting. A setting is a point without its seed; its interval is that of the
 mean difference per seed and prompt to the baseline. Settings of which a seed is missing are left out, and so is their
-place on the curves.
+place on the curves. Keys that `baseline` leaves out are alike on both sides of a difference.
 """
 
 import json
@@ -38,23 +38,24 @@ def setting_of(grid: Grid, point: Point) -> dict[str, Any]:
 
 
 def find_baseline(grid: Grid, text: str | None) -> dict[str, Any]:
-    """Return the setting that others are held against: the first, with what `alpha=0.5,lr=1e-3` says of it.
+    """Return what `alpha=0.5,lr=1e-3` says of the setting that others are held against; by default it is the first.
 
+    Keys that are left out are each setting's own: with `alpha=0` others are held against alpha 0 and all else alike.
     Raises RunError for a key or a value that is not in the sweep.
     """
-    found = setting_of(grid, grid.points[0])
+    found, first = dict[str, Any](), setting_of(grid, grid.points[0])
     by_name = {name: key for key, name in grid.short.items()} | {key: key for key in grid.keys}
     for part in split_values(text) if text else []:
         name, _, value = part.partition("=")
         key = by_name.get(name)
-        if key not in found:
-            known = ", ".join(grid.short[key] for key in found)
+        if key not in first:
+            known = ", ".join(grid.short[key] for key in first)
             raise RunError(f"--baseline: {part} names no setting of this sweep. Write some of {known}, as alpha=0.5.")
         read = plain(read_value(value, key))
         if read not in grid.keys[key]:
             raise RunError(f"--baseline: {part}: {key} has no such value here. Write one of {_texts(grid.keys[key])}.")
         found[key] = read
-    return found
+    return found or first
 
 
 def _texts(values: Sequence[Any]) -> str:
@@ -68,6 +69,12 @@ def _text(value: Any) -> str:
 def label_of(setting: Mapping[str, Any], short: Mapping[str, str]) -> str:
     """Name a setting as its points are: `alpha=0.5, sft_weight=0`."""
     return ", ".join(f"{short[key]}={_text(value)}" for key, value in setting.items())
+
+
+def against_of(found: Mapping[str, Any]) -> str:
+    """Say what settings were held against, in sweep.json's words."""
+    whole = not found["settings"] or len(found["baseline"]) == len(found["settings"][0]["values"])
+    return label_of(found["baseline"], found["short"]) + ("" if whole else " and all else alike")
 
 
 def report(
@@ -116,8 +123,12 @@ def _settings(grid: Grid, scores: Mapping[str, ModelScores], baseline: Mapping[s
         else:
             group.append(point)
     whole = [(setting, points) for setting, points in groups if all(point.label in scores for point in points)]
-    against = next((points for setting, points in whole if setting == baseline), None)
-    return [_setting(grid, setting, points, against, scores, setting == baseline) for setting, points in whole]
+    found = []
+    for setting, points in whole:
+        other = {**setting, **baseline}
+        against = next((those for one, those in whole if one == other), None)
+        found.append(_setting(grid, setting, points, against, scores, setting == other))
+    return found
 
 
 def _setting(
@@ -156,7 +167,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     """Return the curves as one table, a row per setting, the frozen models above, and what is missing below."""
     settings, short = found["settings"], found["short"]
     metrics = list(settings[0]["metrics"]) if settings else []
-    keys = list(found["baseline"])
+    keys = list(settings[0]["values"]) if settings else []
     titles = [*(short[key] for key in keys), *(TITLES.get(metric, metric) for metric in metrics)]
     lines = [titles, ["---"] * len(titles)]
     for role, means in found["frozen"].items() if settings else ():
@@ -174,7 +185,7 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 def _legend(found: Mapping[str, Any]) -> str:
     seeds = found["settings"][0]["seeds"] if found["settings"] else []
-    against = label_of(found["baseline"], found["short"])
+    against = against_of(found)
     over = "prompts and seeds, both resampled; of so few seeds it is too narrow where seeds matter more than prompts"
     if len(seeds) < 2:
         over = "prompts alone: there is one seed, and the interval does not know how far another would be"

@@ -36,7 +36,7 @@ from deltakd.recipe.paths import check_hub, check_paths
 from deltakd.recipe.pipeline import name_accelerator
 from deltakd.recipe.trainings import Training, free_devices, refuse_failed, train_all
 from deltakd.study.grid import Grid, read_grid
-from deltakd.study.results import find_baseline, label_of, markdown, report
+from deltakd.study.results import against_of, find_baseline, label_of, markdown, report
 from deltakd.study.sharing import Sharing, share
 
 SCORED = TEACHER, RAW = "teacher", "student_raw"  # beside the points
@@ -156,9 +156,10 @@ def _write_for_report(
         groups[label] = [one for name, one in scores.items() if setting["values"].items() <= by_label[name].items()]
         taken = {metric: one["difference"] for metric, one in setting["metrics"].items()}
         differences[label] = {metric: one for metric, one in taken.items() if one is not None}
-        baseline = label if setting["values"] == found["baseline"] else baseline
+        is_baseline = found["baseline"].items() <= setting["values"].items()
+        baseline = label if baseline is None and is_baseline else baseline
     if baseline is not None:
-        write_groups(grid.folder, groups, baseline, differences, machine_facts())
+        write_groups(grid.folder, groups, baseline, differences, {**machine_facts(), "against": against_of(found)})
 
 
 def _submit(grid: Grid, sharing: Sharing, asked: Asked) -> None:

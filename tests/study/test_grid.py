@@ -139,7 +139,7 @@ def test_curves_hold_means_over_seeds_and_paired_intervals_against_the_baseline(
     status = {point.label: "finished" if point.label in given else "failed" for point in grid.points}
     baseline = find_baseline(grid, "alpha=0.5")
     found = report(grid, status, {lost: "it fell over."}, given, [], baseline)
-    assert json.loads(json.dumps(found)) == found and found["baseline"] == {ALPHA: 0.5, "train.learning_rate": 0.001}
+    assert json.loads(json.dumps(found)) == found and found["baseline"] == {ALPHA: 0.5}
     assert [point["why"] for point in found["points"] if point["status"] == "failed"] == ["it fell over."]
     assert len(found["points"]) == 12 and len(found["settings"]) == 5  # of alpha 1 at 1.0e-3 a seed is missing
     first = found["settings"][0]
@@ -156,7 +156,17 @@ def test_curves_hold_means_over_seeds_and_paired_intervals_against_the_baseline(
     assert [point["value"] for point in whole["points"]] == [0, 0.5, 1] and "seed" not in found["curves"]
     table = markdown(found).splitlines()
     assert "| alpha | learning_rate | cross-entropy | ROUGE-1 |" in table and "12 points (1 failed)" in table[-1]
-    assert sum("(" not in line for line in table if line.startswith("| 0.5 |")) == 1  # the baseline has no difference
+    # A learning rate is held against its own alpha 0.5, which has no difference to itself.
+    assert all("(" not in line for line in table if line.startswith("| 0.5 |"))
+    assert "mean difference to alpha=0.5 and all else alike with" in table[-1]
+    names = [[f"alpha={alpha},seed={seed},learning_rate=2.0e-3" for seed in (1, 2)] for alpha in ("1", "0.5")]
+    own, other = ([rows[label] for label in side] for side in names)
+    (last,) = (one for one in found["settings"] if one["values"] == {ALPHA: 1, "train.learning_rate": 0.002})
+    expected = two_level_difference(own, other, evaluation.num_resamples, evaluation.seed)
+    assert last["metrics"]["cross_entropy"]["difference"] == vars(expected)
+    first = report(grid, status, {}, given, [], find_baseline(grid, None))
+    assert [one["metrics"]["rouge1"]["difference"] is None for one in first["settings"]] == [True] + 4 * [False]
+    assert "mean difference to alpha=0, learning_rate=0.001 with" in markdown(first)
 
 
 def test_seeds_alone_are_compared_with_each_other():

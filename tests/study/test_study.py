@@ -73,7 +73,7 @@ def test_a_study_that_cannot_be_asked_is_refused_with_its_place(tmp_path, text, 
     ("words", "said"),
     [
         (["delta_smal"], "no study has this name. Write delta_small"),
-        (["delta_small", "--only=alfa"], "--only: alfa is no question of this study. Write some of methods, alpha"),
+        (["delta_small", "--only=alfa"], "--only: alfa is no question of this study. Write some of alpha, regimes"),
         (["delta_small", "--rows=ultrachat=x"], "Write RECIPE=TRAIN,VALIDATION with one of quickstart, small_chat"),
         (["delta_small", "--rows=small_math=nowhere.jsonl"], "--rows small_math=: nowhere.jsonl does not exist"),
         (["delta_small", "--jobs=0"], "--jobs: 0 trainings at a time are none"),
