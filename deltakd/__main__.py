@@ -52,7 +52,8 @@ def _dispatch(options: argparse.Namespace) -> None:
         from deltakd.recipe.checks import check_every_stage
         from deltakd.recipe.load import dump_recipe, load
 
-        check_every_stage(options.recipe, options.overrides)
+        shared = [override for override in options.overrides if not override.startswith("run=")]
+        check_every_stage(options.recipe, shared)  # whose stages are named as they are; the recipe's own run may be any
         print(dump_recipe(load(options.recipe, options.overrides, options.stage).recipe), end="")
     elif options.verb == "doctor":
         from deltakd.doctor.examine import doctor

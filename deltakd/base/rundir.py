@@ -38,7 +38,7 @@ ROLLOUTS = "rollouts.jsonl"  # what a student that writes its own batches has wr
 VALIDATIONS = ("validation.jsonl", "samples.jsonl")
 BY_STEP = ("steps.jsonl", *VALIDATIONS, ROLLOUTS)
 # Parts of a recipe that a finished training does not depend on, and those that may change while it is stopped.
-FREE = frozenset({"pipeline", "evaluation", "records", "checkpoints", "engine.meet_s", "teachers.host"})
+FREE = frozenset({"pipeline", "evaluation", "generation", "records", "checkpoints", "engine.meet_s", "teachers.host"})
 CHANGEABLE = FREE | {"teachers", "references.from", "train.steps", "train.gradient_checkpointing", "validation"}
 CHANGEABLE |= {"train.tokens_per_micro_batch", "train.examples_per_micro_batch"}
 
@@ -106,7 +106,8 @@ class RunDirectory:
             except BlockingIOError:
                 holder = os.pread(lock, 4096, 0).decode(errors="replace").strip() or "an unknown process"
                 raise RunError(
-                    f"{self.path}: in use by a live run ({holder}). Wait for it, end it, or write another root=..."
+                    f"{self.path}: in use by a live run ({holder}). Wait for it, end it, or write another run=... or "
+                    "root=..."
                 ) from None
             os.ftruncate(lock, 0)
             os.pwrite(lock, f"pid {os.getpid()} on {socket.gethostname()}".encode(), 0)

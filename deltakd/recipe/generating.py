@@ -213,8 +213,11 @@ def _refuse_another(folder: Path, question: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     if changed := [key for key in question if stored.get(key) != question[key]]:
-        key = changed[0]
+        key, before, now = changed[0], stored.get(changed[0]), question[changed[0]]
+        if isinstance(before, dict) and isinstance(now, dict):  # what differs in it says more than the whole
+            part = next(one for one in {**before, **now} if before.get(one) != now.get(one))
+            key, before, now = f"{key}.{part}", before.get(part), now.get(part)
         raise RunError(
-            f"{folder}: holds responses to another question ({key}: {stored.get(key)}, now {question[key]}). "
+            f"{folder}: holds responses to another question ({key}: {before}, now {now}). "
             "Remove the folder, or write root=... for a new place."
         )

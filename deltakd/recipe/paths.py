@@ -50,6 +50,21 @@ def check_held_out(recipe: Recipe, where: Where, name: str = "NAME") -> None:
     _check_kept(recipe, where, name)
 
 
+def check_compared(recipe: Recipe, where: Where, name: str, only: str | None = None) -> None:
+    """Raise RecipeError for a local model of a table, `only` one stage's, that is not there and that no stage makes."""
+    made = [f"{recipe.root}/{stage.name}" for stage in recipe.pipeline]
+    for index, stage in enumerate(recipe.pipeline):
+        if stage.evaluate is None or only not in (None, stage.name):
+            continue
+        for label, weights in stage.evaluate.models.items():
+            is_made = any(weights == folder or weights.startswith(f"{folder}/") for folder in made)
+            if not is_made and not Path(weights).expanduser().exists() and _is_local(weights, recipe.root):
+                owner = Path(recipe.root).name
+                first = f"Run what makes it first (python -m deltakd run {owner})" if owner != name else "Write a path"
+                key = where(f"pipeline.{index}.evaluate.models.{label}")
+                raise RecipeError(f"{key}: {weights}: no stage here makes it. {first}, or leave {label} out.")
+
+
 def _check_kept(recipe: Recipe, where: Where, name: str) -> None:
     for label, path in recipe.evaluation.kept.items():
         if path is not None:

@@ -8,10 +8,12 @@ stage follows its steps.jsonl. What a stage made is never made again, and a reci
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +27,7 @@ from deltakd.data.examples import ExampleCounts
 from deltakd.recipe.checks import check_every_stage
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded, find_recipe, load
-from deltakd.recipe.paths import check_hub, check_paths
+from deltakd.recipe.paths import check_compared, check_hub, check_paths
 from deltakd.recipe.schema import Recipe, StageSettings
 from deltakd.train.records import describe, describe_briefly
 
@@ -46,7 +48,8 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
     console = Console(stderr=True)
     root = Path(base.recipe.root)
     claim = RunDirectory(root / ".stages" / only if only else root)  # jobs of one chain run beside each other
-    with claim.claim():
+    check_compared(base.recipe, base.where, name, only)
+    with claim.claim(), _ended_as_interrupted():
         for stage in stages:
             if stage.train is not None:
                 _train_stage(name, overrides, stage.name, num_processes, console)
@@ -59,6 +62,19 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
         from deltakd.recipe.evaluation import results_in
 
         print(f"\n{table.read_text()}\n{results_in(table.parent)}")
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM end this process as Ctrl-C does: with a stage's training asked to keep its state, and its word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def name_accelerator() -> None:
@@ -189,6 +205,8 @@ def failure(stage: str, log: Path, code: int) -> DeltaKDError:
     if said:
         kind = Stopped if code == EXIT_STOPPED or "deltakd: stopped by " in said[-1] else RunError  # torchrun returns 1
         return kind(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
+    if code == EXIT_STOPPED:  # its launcher may end before its ranks have kept their state and said so
+        return Stopped(f"stage {stage}: stopped; its ranks keep what is trained. The same command goes on.")
     return RunError(f"stage {stage}: ended with exit code {code} before it was finished. Look at {log}.")
 
 
@@ -202,9 +220,12 @@ def _make_stage(base: Loaded, stage: StageSettings, console: Console) -> None:
     finished = folder.finished()
     if finished is not None and stage.evaluate is None:
         if finished["settings"] != settings:
+            made, wanted = finished["settings"][stage.kind], settings[stage.kind]
+            key = next((one for one in wanted if made.get(one) != wanted[one]), "kind") if made else "kind"
             raise RunError(
-                f"{folder.path}: finished with other settings than {base.where('pipeline')} gives {stage.name} now. "
-                "Write root=... for a new place, or remove the folder."
+                f"{folder.path}: finished with other settings than {base.where('pipeline')} gives {stage.name} now "
+                f"({key}: {(made or {}).get(key)}, now {wanted.get(key)}). Write root=... for a new place, or remove "
+                "the folder."
             )
         console.print(f"{stage.name}: finished before")
         return

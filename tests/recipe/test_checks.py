@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from deltakd.__main__ import main
 from deltakd.base.errors import RecipeError
 from deltakd.losses.settings import ObjectiveSettings, needed_references
 from deltakd.recipe.checks import check_every_stage
@@ -290,3 +291,19 @@ RAW = ("models.teacher_raw={weights: org/raw}", "objective.target=delta")
 )
 def test_what_teachers_cannot_serve_or_send_is_refused(overrides, said):
     assert said in refusal(overrides=overrides)
+
+
+def test_a_table_s_model_that_no_stage_makes_is_missed_before_the_first_stage(lab, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        f"extends: {lab.recipe}\nroot: {tmp_path}/quickstart\npipeline:\n  - {{name: kd, train: {{}}}}\n"
+        '  - {name: table, evaluate: {models: {kd: "{root}/kd/export", sft: "{root}/sft/export"}, baseline: kd}}\n'
+    )
+    assert main(["run", str(tmp_path / "mine.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert f"models.sft: {tmp_path}/quickstart/sft/export: no stage here makes it" in said
+    assert "(python -m deltakd run quickstart)" in said and not (tmp_path / "quickstart" / "kd").exists()
+
+
+def test_a_recipe_s_own_run_may_have_a_name_beside_its_stages(lab, capsys):
+    assert main(["check", str(lab.recipe), "run=mine", "pipeline=[{name: kd, train: {}}]"]) == 0
+    assert "run: mine" in capsys.readouterr().out

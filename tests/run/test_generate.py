@@ -65,7 +65,7 @@ def test_whoever_writes_them_and_whenever_it_is_killed_the_responses_are_the_sam
     assert rows(root) == whole
     writing.here(root)
     assert "written before" in capsys.readouterr().out
-    with pytest.raises(RunError, match=r"another question \(sampling: "):
+    with pytest.raises(RunError, match=r"another question \(sampling.seed: 0, now 1"):
         writing.here(root, "generation.seed=1")
 
 
