@@ -29,7 +29,14 @@ EMBEDDING = "model.embed_tokens.weight"
 
 
 # What configs call that which is done to logits behind the head: capped, or scaled.
-BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+BEHIND_THE_HEAD = (
+    "final_logit_softcapping",
+    "logits_soft_cap",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
 
 
 @dataclass(frozen=True)

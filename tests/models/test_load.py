@@ -66,6 +66,7 @@ def test_a_model_in_8_bit_has_an_identity_of_its_own(lab):
     [
         ("gemma2", "final_logit_softcapping: 30.0"),
         ("cohere", "logit_scale: 0.0625"),
+        ("recurrent_gemma", "logits_soft_cap: 30.0"),
         ("phi", "a bias of the head: yes"),
     ],
 )
