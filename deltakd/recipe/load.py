@@ -67,7 +67,10 @@ def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = N
         return base
     entered = _enter_stage(tree, base, stage, overrides)
     meant = [override for override in overrides if _is_meant_for(override.partition("=")[0], base.tree, entered)]
-    return _validate(_override(entered, meant), stage)
+    own, depth = nearest(_typed(tree, overrides), ("pipeline", stage, "train"))
+    over = own if depth == 3 and isinstance(own.value, dict) else Marked({}, entered.place)
+    # What is typed of this stage alone wins over what is typed of all.
+    return _validate(merge(_override(entered, meant), Marked(over.value, entered.place)), stage)
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -172,6 +175,8 @@ def _find_extended(extends: Marked, path: Path, chain: tuple[Path, ...]) -> Path
         parent = sibling
     elif name in _known_names():
         parent = find_recipe(name)
+    elif studies := [file for one in _recipe_folders() if (file := one / STUDIES / f"{name}.yaml").is_file()]:
+        parent = studies[0]
     elif _is_path(name):
         raise RecipeError(f"{extends.place}: extends: {sibling} does not exist. Write a path relative to this file.")
     else:
@@ -186,6 +191,12 @@ def _find_extended(extends: Marked, path: Path, chain: tuple[Path, ...]) -> Path
 
 def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
     """Lay the overrides on the tree together, so that `target.alpha` before `target.name` is kept."""
+    # Without overrides the top level keeps its own place, which errors about missing keys name.
+    return Marked(merge(tree, _typed(tree, overrides)).value, tree.place)
+
+
+def _typed(tree: Marked, overrides: Sequence[str]) -> Marked:
+    """Return the overrides as one tree, to be laid on `tree`."""
     together = Marked({}, COMMAND_LINE)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -201,8 +212,7 @@ def _override(tree: Marked, overrides: Sequence[str]) -> Marked:
         for step in reversed(steps):
             value = Marked({step: value}, COMMAND_LINE)
         together = merge(together, value)
-    # Without overrides the top level keeps its own place, which errors about missing keys name.
-    return Marked(merge(tree, together).value, tree.place)
+    return together
 
 
 def _addressed(key: str, listed: Marked) -> str:

@@ -179,6 +179,9 @@ def test_a_stage_is_changed_by_its_name_from_a_file_and_from_the_command_line():
     stage = load_recipe(path, ["pipeline.sft.train.train.steps=9", "pipeline.sft.train.seed=5"], "sft")
     assert (stage.train.steps, stage.seed, stage.objective.sft_weight, stage.train.learning_rate) == (9, 5, 1.0, 1.0e-3)
     assert load_recipe(path, ["pipeline.sft.train.seed=5", "train.steps=7"], "sft").train.steps == 7
+    for own in ("pipeline.sft.train.train.steps=9", "pipeline={sft: {train: {train: {steps: 9}}}}"):
+        stage = load_recipe(path, [own, "train.steps=7", "train.learning_rate=0.5"], "sft")
+        assert (stage.train.steps, stage.train.learning_rate) == (9, 0.5)  # what is said of one stage wins over all
     assert "recipes/case.yaml:2: word: nothing here has this name" in refusal(
         written("extends: child\npipeline: {word: {tokenizer: {vocab_size: 400}}}\n")
     )
