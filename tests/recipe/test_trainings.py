@@ -3,8 +3,9 @@
 import json
 from types import SimpleNamespace
 
+from deltakd.base.errors import EXIT_STOPPED, Stopped
 from deltakd.base.rundir import RunDirectory
-from deltakd.recipe import trainings
+from deltakd.recipe import pipeline, trainings
 
 
 def test_how_long_a_run_took_is_not_known_once_it_has_gone_on(tmp_path, monkeypatch):
@@ -16,3 +17,10 @@ def test_how_long_a_run_took_is_not_known_once_it_has_gone_on(tmp_path, monkeypa
     assert trainings._end(life) is None and json.loads(wall.read_text())["wall_s"] > 0
     (tmp_path / "resumed.jsonl").write_text("{}\n")
     assert trainings._end(life) is None and not wall.exists()
+
+
+def test_a_stage_that_is_interrupted_before_it_can_say_so_is_stopped_and_not_broken(tmp_path):
+    """A study goes on with its next question after a fault, and must not after Ctrl-C."""
+    (tmp_path / "log.txt").write_text("importing\n")
+    assert isinstance(pipeline.failure("sft", tmp_path / "log.txt", EXIT_STOPPED), Stopped)
+    assert "ended with exit code 9" in str(pipeline.failure("sft", tmp_path / "log.txt", 9))
