@@ -23,9 +23,10 @@ from deltakd.recipe.load import dump_recipe, load
 from deltakd.recipe.pipeline import launch_environment, name_accelerator
 from deltakd.recipe.schema import Recipe
 
-FOLDER, TINY = "dry_run", "recipe.yaml"
+FOLDER, TINY, RUN = "dry_run", "recipe.yaml", "train"
 STEPS, BEFORE = 3, 2  # of the training, and when it is left to be resumed
 LONGEST_S = 600.0  # of one command: what hangs is said to hang
+LEAVE_S = 60.0  # within which a walk that was killed has left
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def dry_run(name: str, typed: Sequence[str], stage: str | None, num_processes: i
     console, began = Console(stderr=True), time.monotonic()
     name_accelerator()
     with RunDirectory(folder.with_name(f".{FOLDER}")).claim():
-        remove(folder)
+        with RunDirectory(folder / RUN).claim(
+            LEAVE_S
+        ):  # processes of a walk that was killed may still keep their state
+            remove(folder)
         with console.status("tiny models and rows"):
             write_inputs(run, folder)
         console.print(_said(run))

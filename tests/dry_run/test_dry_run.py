@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from deltakd.__main__ import main
+from deltakd.base.rundir import RunDirectory
+from deltakd.dry_run import walk
 from deltakd.dry_run.walk import read_tiny
 from deltakd.plan.facts import read_run
 from deltakd.recipe.load import load, recipe_names
@@ -57,3 +59,12 @@ def test_every_recipe_of_the_book_dry_runs(name, tmp_path, capsys):
 def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
     assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}", "train.step=1"]) == 2
     assert "train.step: unknown key" in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_walk_leaves_the_processes_of_one_that_was_killed_the_time_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(walk, "LEAVE_S", 0.0)
+    words = ["run", "quickstart", "--dry-run", f"root={tmp_path}"]
+    with RunDirectory(tmp_path / "dry_run" / "train").claim():
+        assert main(words) == 2
+        assert f"{tmp_path}/dry_run/train: in use by a live run" in capsys.readouterr().err
+    assert (tmp_path / "dry_run" / "train").exists()
