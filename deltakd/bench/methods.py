@@ -92,8 +92,7 @@ def compare_methods(comparisons: Sequence[Comparison], jobs: int, console: Conso
     """Train and score what is missing; return each comparison's figures and its table with the words around it."""
     use_threads()
     for one in comparisons:
-        if TEACHER not in one.base.load().recipe.models.roles:
-            raise RunError(f"{one.base.name} has no models.teacher, from which every KL is taken. Write another base.")
+        refuse_comparison(one)
     tried = [rate_runs(one.base, one.methods, one.rates, one.steps, one.engine, one.within) for one in comparisons]
     for one, runs in zip(comparisons, tried, strict=True):
         _prepare(one.base, [*_plan(one, {}), *runs])
@@ -112,6 +111,24 @@ def compare_methods(comparisons: Sequence[Comparison], jobs: int, console: Conso
         about += f"{', '.join(figures['commits'])}." + (f" {describe(one.tried, own)}" if own else "")
         found.append(({**figures, "learning_rates": own}, f"{about}\n\n{table}"))
     return found
+
+
+def refuse_comparison(one: Comparison) -> None:
+    """Find what is wrong with a comparison before anything is made. Raises RunError or RecipeError."""
+    if TEACHER not in one.base.load().recipe.models.roles:
+        raise RunError(f"{one.base.name} has no models.teacher, from which every KL is taken. Write another base.")
+    if BASELINE not in one.methods:
+        raise RunError(f"methods: {BASELINE} is missing, which all others are held against. Add it.")
+    for name, given in (("methods", one.methods), ("seeds", one.seeds), ("learning rates", one.rates)):
+        if len(set(given)) < len(given):
+            raise RunError(f"{name}: {', '.join(map(str, given))} has one of them twice. Write each once.")
+    if not one.seeds or (SEED in one.seeds and one.rates):
+        raise RunError(
+            f"seeds: {', '.join(map(str, one.seeds)) or 'none'}. Write some, and with learning rates others than "
+            f"{SEED}, from which rates are chosen."
+        )
+    _plan(one, {})
+    rate_runs(one.base, one.methods, one.rates, one.steps, one.engine, one.within)
 
 
 def _plan(one: Comparison, rates: Mapping[str, float]) -> list[Run]:

@@ -33,14 +33,18 @@ def rate_runs(
     if not rates:
         return []
     steps = base.load().recipe.train.steps if steps is None else steps
-    for override in base.own:
-        if override.partition("=")[0] == RATE:
-            raise RunError(f"{override}: a rate for all, and --learning-rates has each method choose. Leave one out.")
-    chosen = [read_method(base, name) for name in methods]
-    return [
-        plan_of(base, with_rate(method, rate), SEED, steps, engine, f"{within}{RATES}/{method.name}_{rate:g}")
-        for method, rate in product(chosen, rates)
-    ]
+    runs = []
+    for method, rate in product([read_method(base, name) for name in methods], rates):
+        run = f"{within}{RATES}/{method.name}_{rate:g}"
+        runs.append(plan_of(base, with_rate(method, rate), SEED, steps, engine, run))
+        if runs[-1].recipe.train.learning_rate != rate:  # the user's settings win over a method's
+            raise RunError(
+                f"{RATE}: {' '.join(base.own)} sets it for all, and each method shall choose. Leave one out."
+            )
+    folders = [run.recipe.directory for run in runs]
+    if len(set(folders)) < len(folders):
+        raise RunError(f"learning rates: {', '.join(map(str, rates))} are too near to each other to tell apart.")
+    return runs
 
 
 def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Console) -> dict[str, float]:

@@ -16,8 +16,10 @@ from deltakd.base.settings import Settings
 from deltakd.recipe.explain import closest, explain
 from deltakd.recipe.load import STUDIES, read_tree
 from deltakd.recipe.marks import Marked, nearest, plain
+from deltakd.report.find import CLOSED
 
 NAME = r"^[a-z0-9_]+$"
+TAKEN = CLOSED | {"sweeps", "cache"}  # folders that a report does not look into, or that hold something else
 
 
 class World(Settings):
@@ -61,6 +63,8 @@ class Study(Settings):
         for name in (*self.worlds, *self.questions):
             if re.fullmatch(NAME, name) is None:
                 raise ValueError(f"{name!r} is no name of a folder. Write small letters, digits and _ only")
+            if name in TAKEN:
+                raise ValueError(f"{name} is a folder that runs have for something else. Write another name")
         for name, question in self.questions.items():
             for world in question.worlds:
                 if world not in self.worlds:

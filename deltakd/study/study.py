@@ -13,13 +13,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from deltakd.base.errors import RunError
+from deltakd.base.errors import DeltaKDError, RunError, Stopped
 from deltakd.base.files import write_text
 from deltakd.base.machine import machine_facts
 from deltakd.base.processes import use_threads
 from deltakd.base.rundir import RunDirectory
 from deltakd.bench.method_plan import Base
-from deltakd.bench.methods import Comparison, compare_methods
+from deltakd.bench.methods import Comparison, compare_methods, refuse_comparison
 from deltakd.recipe import pipeline
 from deltakd.recipe.rows_given import row_overrides
 from deltakd.recipe.stages import stages_behind
@@ -30,6 +30,7 @@ from deltakd.study.questions import Asking, Study, askings, read_study
 from deltakd.study.results import find_baseline
 
 REPORT, TABLES, TABLE = "report.html", "study.md", "table.md"
+Faults = dict[tuple[str, str], str]  # by question and world
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,40 @@ def study(asked: Asked) -> None:
     chosen = askings(found, asked.only)
     bases = {one.world: _base(asked, one, rows) for one in chosen}
     for one in chosen:
-        _refuse(one, bases[one.world])
+        try:
+            _refuse(one, bases[one.world])
+        except DeltaKDError as error:
+            raise RunError(f"{one.name} in {one.world}: {error}") from error
     use_threads()
     console = Console(stderr=True)
-    faults = list[str]()
-    asked.root.mkdir(parents=True, exist_ok=True)
+    faults: Faults = {}
     with RunDirectory(asked.root).claim():
         for number, one in enumerate(chosen, 1):
             console.rule(f"{number}/{len(chosen)} {one.name} in {one.world}: {one.question.ask}")
             try:
                 _answer(one, bases[one.world], asked.jobs, console)
-            except RunError as error:
+            except Stopped:
+                raise
+            except DeltaKDError as error:
                 console.print(f"{one.name} in {one.world}: {error}", soft_wrap=True, markup=False)
-                faults.append(f"{one.name} in {one.world}: {error}")
-        text = _tables(found, askings(found, ()), asked)
+                faults[one.name, one.world] = str(error)
+        text = _tables(found, askings(found, ()), asked, faults)
         write_text(asked.root / TABLES, text)
-        write_text(asked.root / REPORT, page(gather([str(asked.root)]), found.title), lasting=False)
-    print(f"{text}\n{asked.root / TABLES} and {asked.root / REPORT}: written")
-    if faults:
-        raise RunError(f"{len(faults)} of {len(chosen)} questions are not answered. {faults[0]}")
+        written = [asked.root / TABLES, *_write_page(asked.root, found.title, console)]
+    print(f"{text}\n{' and '.join(map(str, written))}: written")
+    for (name, world), fault in faults.items():
+        raise RunError(f"{len(faults)} of {len(chosen)} questions are not answered. {name} in {world}: {fault}")
+
+
+def _write_page(root: Path, title: str, console: Console) -> list[Path]:
+    """Write the page, if there is a run to write of."""
+    try:
+        text = page(gather([str(root)]), title)
+    except RunError as error:  # the first question failed before anything was trained
+        console.print(f"no page: {error}", soft_wrap=True, markup=False)
+        return []
+    write_text(root / REPORT, text, lasting=False)
+    return [root / REPORT]
 
 
 def _rows(asked: Asked, found: Study) -> Mapping[str, Sequence[str]]:
@@ -91,7 +107,12 @@ def _rows(asked: Asked, found: Study) -> Mapping[str, Sequence[str]]:
 
 
 def _base(asked: Asked, one: Asking, rows: Mapping[str, Sequence[str]]) -> Base:
-    return Base(one.recipe, rows.get(one.recipe, []), [*one.set, *asked.overrides], asked.root / one.world)
+    own: dict[str, str] = {}
+    for word in (*one.set, *asked.overrides):  # a world's win over the study's, those that are typed over both
+        key = word.partition("=")[0]
+        own.pop(key, None)
+        own[key] = word
+    return Base(one.recipe, rows.get(one.recipe, []), list(own.values()), asked.root / one.world)
 
 
 def _words(one: Asking, base: Base) -> list[str]:
@@ -104,15 +125,21 @@ def _refuse(one: Asking, base: Base) -> None:
         grid = read_grid(base.name, _words(one, base), one.name)
         find_baseline(grid, one.question.baseline)
     else:
-        base.load()
+        if one.name in (stages := [stage.name for stage in base.load().recipe.pipeline]):
+            raise RunError(f"a stage of {base.name} has this name and folder. Write none of {', '.join(stages)}.")
+        refuse_comparison(_comparison(one, base))
+
+
+def _comparison(one: Asking, base: Base) -> Comparison:
+    question, engine = one.question, base.load().recipe.engine.name
+    rates, within = question.learning_rates, f"{one.name}/"
+    return Comparison(base, question.methods, question.seeds, question.steps, engine, rates, within)
 
 
 def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:
     question = one.question
     if question.methods:
-        engine, within, rates = base.load().recipe.engine.name, f"{one.name}/", question.learning_rates
-        comparison = Comparison(base, question.methods, question.seeds, question.steps, engine, rates, within)
-        ((_, table),) = compare_methods([comparison], jobs, console)
+        ((_, table),) = compare_methods([_comparison(one, base)], jobs, console)
         write_text(base.root / one.name / TABLE, table)
         return
     grid = read_grid(base.name, _words(one, base), one.name)
@@ -121,8 +148,8 @@ def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:
     sweep.sweep(sweep.Asked(base.name, _words(one, base), one.name, jobs, question.baseline, False, ""))
 
 
-def _tables(found: Study, every: Sequence[Asking], asked: Asked) -> str:
-    """Return every question with its tables; what is not answered yet says so."""
+def _tables(found: Study, every: Sequence[Asking], asked: Asked, faults: Faults) -> str:
+    """Return every question with its tables; what is not answered yet, or could not be answered now, says so."""
     facts = machine_facts()
     lines = [f"# {found.title}", f"{facts['started'][:10]}, code at {facts['commit']}, {facts['machine']}."]
     asked_before = ""
@@ -133,6 +160,8 @@ def _tables(found: Study, every: Sequence[Asking], asked: Asked) -> str:
         folder = asked.root / one.world
         table = folder / (one.name if one.question.methods else f"sweeps/{one.name}") / TABLE
         lines.append(f"### {one.world}: {' '.join([one.recipe, *one.set])}")
+        if fault := faults.get((one.name, one.world)):
+            lines.append(f"Not answered: {fault}" + (" What there is of it:" if table.exists() else ""))
         lines.append(_without_title(table.read_text()) if table.exists() else "Not measured yet.")
     return "\n\n".join(lines) + "\n"
 

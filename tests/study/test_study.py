@@ -4,13 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from deltakd.__main__ import main
-from deltakd.base.errors import RecipeError
+from deltakd.base.errors import ModelError, RecipeError, RunError, Stopped
+from deltakd.bench import rates
 from deltakd.bench.method_plan import Base, plan
-from deltakd.bench.rates import rate_runs
+from deltakd.bench.rates import choose, describe, rate_runs
+from deltakd.evaluate.compare import ModelScores
 from deltakd.recipe import pipeline
+from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import recipe_names
+from deltakd.study import study
 from deltakd.study.grid import read_grid
 from deltakd.study.questions import askings, read_study, study_names
 
@@ -52,12 +57,45 @@ def test_each_method_tries_every_rate_from_a_seed_of_its_own():
     assert (sft.recipe.train.learning_rate, delta.recipe.train.learning_rate) == (1.0e-5, 2.0e-3)
 
 
+def with_methods(lab, folder):
+    """Write the lab's recipe with two methods to compare."""
+    stages = {"sft": {"objective": {"sft_weight": 1.0}}, "delta": {}}
+    recipe = {"extends": str(lab.recipe), "pipeline": [{"name": name, "train": one} for name, one in stages.items()]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return str(folder / "tiny.yaml")
+
+
+def test_the_rate_of_least_cross_entropy_on_rows_behind_the_table_s_is_chosen(lab, tmp_path, monkeypatch):
+    own = ["evaluation.num_prompts=4"]
+    base = Base(with_methods(lab, tmp_path), [], own, tmp_path / "made")
+    runs = rate_runs(base, ["sft", "delta"], [1.0e-3, 1.0e-2, 1.0e-1], 2, "single", "")
+    found = dict(zip([run.label for run in runs], [0.3, 0.1, 0.2, 0.3, 0.2, 0.1], strict=True))
+    read = []
+
+    def score_models(loaded, stage, settings, folder, console):
+        read.append(loaded.recipe)
+        return [ModelScores(label, "", "", {"cross_entropy": [found[label]]}, 0) for label in settings.models]
+
+    monkeypatch.setattr(rates, "train_all", lambda *_: {})
+    monkeypatch.setattr(rates, "score_models", score_models)
+    best = choose(base, runs, tmp_path, 1, Console())
+    assert best == {"sft": 1.0e-2, "delta": 1.0e-1}
+    assert describe(tmp_path, best).endswith("sft 0.01, delta 0.1 (at an end).")
+    of_table = held_out_conversations(base.load().recipe, 4)
+    chosen_on = held_out_conversations(read[0], read[0].evaluation.num_prompts)
+    assert len(chosen_on) == 4 and not {one.where for one in of_table} & {one.where for one in chosen_on}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         (WORLDS + "questions: {q: {ask: a, worlds: [there], sweep: [seed=1]}}", "q asks in there, which is no world"),
         (WORLDS + "questions: {q: {ask: a, worlds: [here]}}", "has both a sweep and methods, or none"),
         (WORLDS + "questions: {'Q?': {ask: a, worlds: [here], sweep: [seed=1]}}", "'Q?' is no name of a folder"),
+        (
+            WORLDS + "questions: {models: {ask: a, worlds: [here], sweep: [seed=1]}}",
+            "models is a folder that runs have",
+        ),
         (WORLDS + "question: {}", ":3: question: unknown key. Write questions"),
         (WORLDS + "questions: {q: {ask: a, worlds: [here], sweep: [x], learning_rates: [0.1]}}", "belong to methods"),
     ],
@@ -78,19 +116,81 @@ def test_a_study_that_cannot_be_asked_is_refused_with_its_place(tmp_path, text, 
         (["delta_small", "--rows=small_math=nowhere.jsonl"], "--rows small_math=: nowhere.jsonl does not exist"),
         (["delta_small", "--jobs=0"], "--jobs: 0 trainings at a time are none"),
         (["delta_small", "train.step=3"], "train.step: unknown key. Write steps"),
+        (["delta_small", "--root=/dev/null/made"], "/dev/null/made: cannot be written (Not a directory)"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_anything_is_made(words, said, capsys, tmp_path):
-    assert main(["study", *words, f"--root={tmp_path}/made"]) == 2
+    assert main(["study", f"--root={tmp_path}/made", *words]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error and not (tmp_path / "made").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "asked", "said"),
+    [
+        ("q", "methods: [sft, nonsense]", "nonsense is no training stage of quickstart"),
+        ("q", "methods: [delta]", "sft is missing"),
+        ("q", "methods: [sft], seeds: []", "seeds: none"),
+        ("q", "methods: [sft], seeds: [1, 1]", "has one of them twice"),
+        ("q", "methods: [sft], learning_rates: [0.1], seeds: [0]", "seeds: 0. Write some"),
+        ("q", "methods: [sft], learning_rates: [0.1, 0.1]", "has one of them twice"),
+        ("q", "methods: [sft], learning_rates: [0.1, 0.10000001]", "too near to each other"),
+        ("delta", "methods: [sft]", "a stage of quickstart has this name"),
+    ],
+)
+def test_methods_that_cannot_be_compared_are_refused_before_anything_is_made(name, asked, said, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(WORLDS + f"questions: {{{name}: {{ask: a, worlds: [here], {asked}}}}}\n")
+    assert main(["study", f"{tmp_path}/mine.yaml", f"--root={tmp_path}/made"]) == 2
+    error = capsys.readouterr().err
+    assert f"{name} in here: " in error and said in error and not (tmp_path / "made").exists()
+
+
+def test_a_rate_for_all_is_refused_where_each_method_chooses_however_it_is_written(tmp_path):
+    base = Base("quickstart", [], ["train={learning_rate: 0.5}"], tmp_path)
+    with pytest.raises(RunError, match="sets it for all, and each method shall choose"):
+        rate_runs(base, ["sft"], [1.0e-3], None, "single", "")
+
+
+def test_a_study_of_one_s_own_extends_one_of_the_book_and_its_worlds_settings_win(tmp_path):
+    (tmp_path / "mine.yaml").write_text("extends: delta_small\nworlds: {math: {set: ['engine={name: fsdp2}']}}\n")
+    one = askings(read_study(str(tmp_path / "mine.yaml")), ["alpha"])[0]
+    asked = study.Asked("mine", [], [], 1, tmp_path, ["generation.num_prompts=7"])
+    recipe = study._base(asked, one, {}).load().recipe
+    assert (one.world, recipe.engine.name, recipe.generation.num_prompts) == ("math", "fsdp2", 7)
+    read_grid(one.recipe, study._words(one, study._base(asked, one, {})), one.name)
+
+
+def test_a_question_that_fails_says_so_beside_what_it_had_and_a_stop_ends_all(tmp_path, capsys, monkeypatch):
+    questions = "questions: {q: {ask: a, worlds: [here, there], sweep: ['seed=1,2']}}\n"
+    worlds = "title: t\nworlds: {here: {recipe: quickstart}, there: {recipe: quickstart}}\n"
+    (tmp_path / "mine.yaml").write_text(worlds + questions)
+    old = tmp_path / "made/here/sweeps/q/table.md"
+    old.parent.mkdir(parents=True)
+    old.write_text("# old\n\n| a table |\n")
+    words, asked = ["study", f"{tmp_path}/mine.yaml", f"--root={tmp_path}/made"], []
+
+    def fails(one, base, jobs, console):
+        asked.append(one.world)
+        raise ModelError("weights: nowhere. Write others.")
+
+    monkeypatch.setattr(study, "_answer", fails)
+    assert main(words) == 2 and asked == ["here", "there"]
+    error, text = capsys.readouterr().err, (tmp_path / "made/study.md").read_text()
+    assert "2 of 2 questions are not answered. q in here: weights: nowhere." in error and "Traceback" not in error
+    assert "Not answered: weights: nowhere. Write others. What there is of it:\n\n| a table |" in text
+    assert "Not answered: weights: nowhere. Write others.\n\nNot measured yet." in text
+
+    def stops(one, base, jobs, console):
+        asked.append("stopped")
+        raise Stopped("stopped by SIGTERM")
+
+    monkeypatch.setattr(study, "_answer", stops)
+    assert main(words) == 75 and asked == ["here", "there", "stopped"]
+
+
 @pytest.mark.soak
 def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(lab, tmp_path, capsys, monkeypatch):
-    stages = {"sft": {"objective": {"sft_weight": 1.0}}, "delta": {}}
-    recipe = {"extends": str(lab.recipe), "pipeline": [{"name": name, "train": one} for name, one in stages.items()]}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    tiny = with_methods(lab, tmp_path)
     few = ["train.steps=2", "evaluation.num_prompts=4"]
     questions = {
         "impossible": {
@@ -107,7 +207,7 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
             "seeds": [1],
         },
     }
-    worlds = {"one": {"recipe": str(tmp_path / "tiny.yaml"), "set": few}}
+    worlds = {"one": {"recipe": tiny, "set": few}}
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"title": "Mine", "worlds": worlds, "questions": questions}))
     words = ["study", str(tmp_path / "mine.yaml"), f"--root={tmp_path}/made", "--jobs=2"]
     assert main(words) == 2
@@ -120,4 +220,6 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
 
     monkeypatch.setattr(pipeline.sys, "executable", "/bin/false")  # nothing can be started now
     assert main([*words, "--only=alpha,methods"]) == 0
-    assert (tmp_path / "made/study.md").read_text().splitlines()[4:] == text.splitlines()[4:]
+    again = (tmp_path / "made/study.md").read_text()
+    fault = next(line for line in text.splitlines() if line.startswith("Not answered: 2 of 2 runs failed"))
+    assert again.splitlines()[4:] == text.replace(f"{fault}\n\n", "").splitlines()[4:]
