@@ -67,10 +67,12 @@ def load(name_or_path: str, overrides: Sequence[str] = (), stage: str | None = N
         return base
     entered = _enter_stage(tree, base, stage, overrides)
     meant = [override for override in overrides if _is_meant_for(override.partition("=")[0], base.tree, entered)]
-    own, depth = nearest(_typed(tree, overrides), ("pipeline", stage, "train"))
-    over = own if depth == 3 and isinstance(own.value, dict) else Marked({}, entered.place)
+    place = ("pipeline", stage, "train")
+    own, depth = nearest(_typed(tree, overrides), place)
+    over = _as_resolved(own, nearest(base.tree, place)[0]).value if depth == len(place) else None
     # What is typed of this stage alone wins over what is typed of all.
-    return _validate(merge(_override(entered, meant), Marked(over.value, entered.place)), stage)
+    own = Marked(over if isinstance(over, dict) else {}, entered.place)
+    return _validate(merge(_override(entered, meant), own), stage)
 
 
 def find_recipe(name_or_path: str) -> Path:
@@ -244,6 +246,15 @@ def _enter_stage(tree: Marked, base: Loaded, stage: str, overrides: Sequence[str
             )
         tree = merge(tree, Marked(changes.value, tree.place))
     return merge(tree, Marked({"run": Marked(stage, entry.place, stage)}, tree.place))
+
+
+def _as_resolved(own: Marked, resolved: Marked) -> Marked:
+    """Return what was typed of a stage, with its texts as the recipe has them."""
+    known = resolved.value
+    if isinstance(own.value, dict) and isinstance(known, dict):
+        texts = {key: _as_resolved(child, known[key]) if key in known else child for key, child in own.value.items()}
+        return Marked(texts, own.place)
+    return own if isinstance(known, dict) else resolved
 
 
 def _is_meant_for(key: str, base: Marked, stage: Marked) -> bool:

@@ -182,6 +182,9 @@ def test_a_stage_is_changed_by_its_name_from_a_file_and_from_the_command_line():
     for own in ("pipeline.sft.train.train.steps=9", "pipeline={sft: {train: {train: {steps: 9}}}}"):
         stage = load_recipe(path, [own, "train.steps=7", "train.learning_rate=0.5"], "sft")
         assert (stage.train.steps, stage.train.learning_rate) == (9, 0.5)  # what is said of one stage wins over all
+    words = ["models.teacher.weights=mine", "pipeline.sft.train.models.student.weights='{models.teacher.weights}'"]
+    words.append("pipeline.sft.train.models.teacher.weights=other")
+    assert load_recipe(path, words, "sft").models.student.weights == "mine"  # the recipe's teacher, not the stage's
     assert "recipes/case.yaml:2: word: nothing here has this name" in refusal(
         written("extends: child\npipeline: {word: {tokenizer: {vocab_size: 400}}}\n")
     )
