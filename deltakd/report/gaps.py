@@ -48,7 +48,7 @@ def scored_runs(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> dict[
     """Return the name of the run that made a model, by evaluation and label; of other models there is none.
 
     Weights are written as the evaluation was given them: relative to a folder that nobody knows any more. They mean a
-    run that lies beside the evaluation or around it, or where they say.
+    run that lies within the evaluation, beside it or around it, or where they say.
     """
     made: dict[tuple[str, str], str] = {}
     by_folder = {str(run.path): run for run in runs}
@@ -65,7 +65,8 @@ def scored_runs(runs: Sequence[Run], evaluations: Sequence[Evaluation]) -> dict[
 def _run_of(weights: Sequence[str], evaluation: Evaluation, by_folder: Mapping[str, Run]) -> Run | None:
     for depth in range(len(weights) - 1, 0, -1):
         folder = evaluation.path.parent
-        candidates = [folder / weights[depth - 1], PurePath(*weights[:depth])]
+        here = [one / weights[depth - 1] for one in (evaluation.path, folder)]  # a sweep's runs lie within it
+        candidates = [*here, PurePath(*weights[:depth])]
         if folder.name == weights[depth - 1]:  # an evaluation within a run, of its own checkpoints
             candidates.append(folder)
         for candidate in candidates:

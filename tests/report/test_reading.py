@@ -13,7 +13,7 @@ from deltakd.report.build import gather
 from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
 from deltakd.report.examples import answers_of, examples
 from deltakd.report.find import find
-from deltakd.report.gaps import gaps
+from deltakd.report.gaps import gaps, scored_runs
 from deltakd.report.lines import read_columns
 from deltakd.report.recipes import differences, flat
 from deltakd.report.run import read_run, read_runs
@@ -167,6 +167,14 @@ def test_a_row_of_several_seeds_is_their_mean_by_prompt_with_the_first_one_s_ans
     assert list(shown.models) == ["sft", "delta"]
     assert shown.rows[0]["answers"][0]["text"] == answers_of(evaluation, "sft")[0]["answer"]
     assert answers_of(evaluation, "sft") == answers_of(evaluation, "sft_seed1")
+
+
+def test_the_runs_within_a_sweep_are_known_to_be_scored_wherever_its_folder_lies_now(tmp_path):
+    label = "alpha=0,seed=1"
+    make_run(tmp_path / "sweeps" / "alpha" / label)
+    evaluation = read_evaluation("alpha", make_evaluation(tmp_path / "sweeps" / "alpha", [label], label))
+    runs = read_runs([(f"alpha/{label}", tmp_path / "sweeps" / "alpha" / label)], 100)
+    assert scored_runs(runs, [evaluation]) == {("alpha", label): f"alpha/{label}"}
 
 
 def test_answers_that_cannot_be_read_are_none(tmp_path):
