@@ -1,5 +1,6 @@
 """Studies: what is asked is checked before anything runs, and the whole command answers, goes on and reports."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ from rich.console import Console
 
 from deltakd.__main__ import main
 from deltakd.base.errors import ModelError, RecipeError, RunError, Stopped
+from deltakd.base.rundir import RunDirectory
 from deltakd.bench import rates
 from deltakd.bench.method_plan import Base, plan
 from deltakd.bench.rates import choose, describe, rate_runs
 from deltakd.evaluate.compare import ModelScores
 from deltakd.recipe import pipeline
 from deltakd.recipe.held_out import held_out_conversations
-from deltakd.recipe.load import recipe_names
+from deltakd.recipe.load import load, recipe_names
 from deltakd.study import study
 from deltakd.study.grid import read_grid
 from deltakd.study.questions import askings, read_study, study_names
@@ -58,9 +60,13 @@ def test_each_method_tries_every_rate_from_a_seed_of_its_own():
 
 
 def with_methods(lab, folder):
-    """Write the lab's recipe with two methods to compare."""
+    """Write the lab's recipe with two methods to compare, and a student that a stage of its own makes."""
+    made = {"tokenizer": str(lab.folder / "tokenizer"), "num_layers": 2, "num_heads": 4, "num_kv_heads": 2}
+    made |= {"hidden_size": 32, "intermediate_size": 64}
     stages = {"sft": {"objective": {"sft_weight": 1.0}}, "delta": {}}
-    recipe = {"extends": str(lab.recipe), "pipeline": [{"name": name, "train": one} for name, one in stages.items()]}
+    pipeline = [{"name": "student_new", "model": made}, *({"name": name, "train": one} for name, one in stages.items())]
+    recipe = {"extends": str(lab.recipe), "models": {"student": {"weights": "{root}/student_new"}}}
+    recipe["pipeline"] = pipeline
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     return str(folder / "tiny.yaml")
 
@@ -186,12 +192,15 @@ def test_a_question_that_fails_says_so_beside_what_it_had_and_a_stop_ends_all(tm
 
     monkeypatch.setattr(study, "_answer", stops)
     assert main(words) == 75 and asked == ["here", "there", "stopped"]
+    capsys.readouterr()
+    with RunDirectory(tmp_path / "made").claim():
+        assert main(words) == 2 and "made: in use by a live run" in capsys.readouterr().err
 
 
 @pytest.mark.soak
 def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(lab, tmp_path, capsys, monkeypatch):
     tiny = with_methods(lab, tmp_path)
-    few = ["train.steps=2", "evaluation.num_prompts=4"]
+    few = ["train.steps=2", "evaluation.num_prompts=4", "pipeline.student_new.model.hidden_size=16"]
     questions = {
         "impossible": {
             "ask": "Does nothing come of it?",
@@ -216,7 +225,13 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
     text = (tmp_path / "made/study.md").read_text()
     assert text in said.out and text.count("No setting is whole yet.") == 1
     assert "## Which alpha?" in text and "Learning rates, of 0.0001, 0.01 that with" in text and "(at an end)" in text
-    assert "over alpha, one/sweeps/alpha" in (tmp_path / "made/report.html").read_text()
+    for found in (tmp_path / "made/one/sweeps/alpha").glob("alpha=*/export/config.json"):
+        assert json.loads(found.read_text())["hidden_size"] == 16  # as the world says
+    tried = json.loads((tmp_path / "made/one/methods/rates/rates.json").read_text())["cross_entropy"]
+    for name in ("sft", "delta"):
+        trained = load(str(tmp_path / f"made/one/methods/{name}_seed1/recipe.yaml")).recipe.train.learning_rate
+        assert trained == float(min(tried[name], key=tried[name].__getitem__))
+    assert "over alpha, sweeps/alpha" in (tmp_path / "made/report.html").read_text()
 
     monkeypatch.setattr(pipeline.sys, "executable", "/bin/false")  # nothing can be started now
     assert main([*words, "--only=alpha,methods"]) == 0
