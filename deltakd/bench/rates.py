@@ -1,7 +1,8 @@
 """A learning rate for each method, chosen on held-out rows that no table is made from.
 
 Every method trains with every rate from one seed, which no table has; the rate with the least cross-entropy on the rows
-behind those of the evaluation is its own. Rates at the ends of the list are said to be there: the best may lie beyond.
+behind those of the evaluation is its own; one whose training diverges is passed over. Rates at the ends of the list are
+said to be there: the best may lie beyond.
 """
 
 import json
@@ -21,6 +22,7 @@ from deltakd.evaluate.settings import CompareSettings
 from deltakd.recipe.evaluation import score_models
 from deltakd.recipe.load import load
 from deltakd.recipe.trainings import Training, refuse_failed, train_all
+from deltakd.train.checkpoints import FAULTY
 
 SEED = 0
 RATES, CHOSEN = "rates", "rates.json"
@@ -48,20 +50,28 @@ def rate_runs(
 
 
 def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Console) -> dict[str, float]:
-    """Train, score on the rows for choosing, keep rates.json in `folder`; return the best rate of each method."""
+    """Train, score on the rows for choosing, keep rates.json in `folder`; return the best rate of each method.
+
+    A rate whose loss is not finite is none to choose. Raises RunError for other trainings that failed, or all of one's.
+    """
     trainings = [Training(base.name, run.overrides, run.recipe, True) for run in runs]
     behind = _rows_behind(base)
-    refuse_failed(train_all(trainings, jobs, console), len(trainings))
+    faults = train_all(trainings, jobs, console)
+    whole = [run for run, one in zip(runs, trainings, strict=True) if str(one.directory.path) not in faults]
+    broken = {path: fault for path, fault in faults.items() if not (Path(path) / FAULTY).exists()}
+    refuse_failed(broken or ({} if _methods(whole) == _methods(runs) else faults), len(trainings))
     # One token is no answer, but answers are not what is chosen by: only the references' cross-entropy is.
     loaded = load(base.name, [*base.overrides, *behind, "evaluation.max_new_tokens=1"])
-    weights = {run.label: str(Training(base.name, run.overrides, run.recipe).directory.export) for run in runs}
-    settings = CompareSettings(models=weights, baseline=runs[0].label)
+    weights = {run.label: str(Training(base.name, run.overrides, run.recipe).directory.export) for run in whole}
+    settings = CompareSettings(models=weights, baseline=whole[0].label)
     scored = score_models(loaded, RATES, settings, folder / "scores", console)
-    found: dict[str, dict[float, float]] = {}
-    for run, scores in zip(runs, scored, strict=True):
-        found.setdefault(run.method.name, {})[run.recipe.train.learning_rate] = scores.mean(CROSS_ENTROPY)
+    taken = {one.label: one.mean(CROSS_ENTROPY) for one in scored}
+    found: dict[str, dict[float, float | None]] = {}
+    for run in runs:
+        found.setdefault(run.method.name, {})[run.recipe.train.learning_rate] = taken.get(run.label)
     write_json(folder / CHOSEN, {"seed": SEED, "rows": behind, CROSS_ENTROPY: _texts(found)})
-    return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in found.items()}
+    known = {name: {rate: one for rate, one in each.items() if one is not None} for name, each in found.items()}
+    return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in known.items()}
 
 
 def describe(folder: Path, chosen: dict[str, float]) -> str:
@@ -78,7 +88,11 @@ def describe(folder: Path, chosen: dict[str, float]) -> str:
     )
 
 
-def _texts(found: dict[str, dict[float, float]]) -> dict[str, Any]:
+def _methods(runs: Sequence[Run]) -> set[str]:
+    return {run.method.name for run in runs}
+
+
+def _texts(found: dict[str, dict[float, float | None]]) -> dict[str, Any]:
     return {name: {repr(rate): value for rate, value in by_rate.items()} for name, by_rate in found.items()}
 
 

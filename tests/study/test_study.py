@@ -71,9 +71,10 @@ def with_methods(lab, folder):
     return str(folder / "tiny.yaml")
 
 
-def test_the_rate_of_least_cross_entropy_on_rows_behind_the_table_s_is_chosen(lab, tmp_path, monkeypatch):
-    own = ["evaluation.num_prompts=4"]
-    base = Base(with_methods(lab, tmp_path), [], own, tmp_path / "made")
+@pytest.fixture
+def tried(lab, tmp_path, monkeypatch):
+    """Two methods with three rates each, of which nothing is trained: what would be found of them."""
+    base = Base(with_methods(lab, tmp_path), [], ["evaluation.num_prompts=4"], tmp_path / "made")
     runs = rate_runs(base, ["sft", "delta"], [1.0e-3, 1.0e-2, 1.0e-1], 2, "single", "")
     found = dict(zip([run.label for run in runs], [0.3, 0.1, 0.2, 0.3, 0.2, 0.1], strict=True))
     read = []
@@ -84,12 +85,33 @@ def test_the_rate_of_least_cross_entropy_on_rows_behind_the_table_s_is_chosen(la
 
     monkeypatch.setattr(rates, "train_all", lambda *_: {})
     monkeypatch.setattr(rates, "score_models", score_models)
+    return base, runs, read
+
+
+def test_the_rate_of_least_cross_entropy_on_rows_behind_the_table_s_is_chosen(tried, tmp_path):
+    base, runs, read = tried
     best = choose(base, runs, tmp_path, 1, Console())
     assert best == {"sft": 1.0e-2, "delta": 1.0e-1}
     assert describe(tmp_path, best).endswith("sft 0.01, delta 0.1 (at an end).")
     of_table = held_out_conversations(base.load().recipe, 4)
     chosen_on = held_out_conversations(read[0], read[0].evaluation.num_prompts)
     assert len(chosen_on) == 4 and not {one.where for one in of_table} & {one.where for one in chosen_on}
+
+
+def test_a_rate_that_diverges_is_passed_over_and_any_other_fault_is_told(tried, tmp_path, monkeypatch):
+    base, runs, _ = tried
+    faults = {runs[1].recipe.directory: "step 2: loss nan."}
+    monkeypatch.setattr(rates, "train_all", lambda *_: faults)
+    with pytest.raises(RunError, match="1 of 6 runs failed: step 2: loss nan"):
+        choose(base, runs, tmp_path, 1, Console())
+    (Path(runs[1].recipe.directory) / "faulty").mkdir(parents=True)
+    best = choose(base, runs, tmp_path, 1, Console())
+    assert best == {"sft": 1.0e-1, "delta": 1.0e-1} and "of 0.001, 0.01, 0.1 that" in describe(tmp_path, best)
+    for run in runs[:3]:
+        faults[run.recipe.directory] = "step 1: loss nan."
+        (Path(run.recipe.directory) / "faulty").mkdir(parents=True, exist_ok=True)
+    with pytest.raises(RunError, match="3 of 6 runs failed"):  # no rate is left
+        choose(base, runs, tmp_path, 1, Console())
 
 
 @pytest.mark.parametrize(
