@@ -28,7 +28,7 @@ from deltakd.recipe.evaluation import score_models
 from deltakd.recipe.paths import check_paths
 from deltakd.recipe.rows_given import row_overrides
 from deltakd.recipe.stages import stages_behind
-from deltakd.recipe.trainings import WALL, Training, refuse_failed, train_all
+from deltakd.recipe.trainings import WALL, Training, free_devices, refuse_failed, train_all
 
 BASELINE, TEACHER, RAW = "sft", "teacher", "student_raw"
 SCORES = "methods"  # folder under a base's root: answers and scores of every run
@@ -102,7 +102,7 @@ def compare_methods(comparisons: Sequence[Comparison], jobs: int, console: Conso
     ]
     planned = [_plan(one, own) for one, own in zip(comparisons, rates, strict=True)]
     trainings = [Training(run.base.name, run.overrides, run.recipe, True) for runs in planned for run in runs]
-    refuse_failed(train_all(trainings, jobs, console), len(trainings))
+    refuse_failed(train_all(trainings, jobs, console, free_devices()), len(trainings))
     found = []
     for one, runs, own in zip(comparisons, planned, rates, strict=True):
         figures, table = _score(one, runs, console)

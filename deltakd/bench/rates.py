@@ -8,6 +8,7 @@ said to be there: the best may lie beyond.
 import json
 from collections.abc import Sequence
 from itertools import product
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from deltakd.evaluate.compare import CROSS_ENTROPY
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.recipe.evaluation import score_models
 from deltakd.recipe.load import load
-from deltakd.recipe.trainings import Training, refuse_failed, train_all
+from deltakd.recipe.trainings import Training, free_devices, refuse_failed, train_all
 from deltakd.train.checkpoints import FAULTY
 
 SEED = 0
@@ -56,7 +57,7 @@ def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Co
     """
     trainings = [Training(base.name, run.overrides, run.recipe, True) for run in runs]
     behind = _rows_behind(base)
-    faults = train_all(trainings, jobs, console)
+    faults = train_all(trainings, jobs, console, free_devices())
     whole = [run for run, one in zip(runs, trainings, strict=True) if str(one.directory.path) not in faults]
     broken = {path: fault for path, fault in faults.items() if not (Path(path) / FAULTY).exists()}
     refuse_failed(broken or ({} if _methods(whole) == _methods(runs) else faults), len(trainings))
@@ -65,12 +66,14 @@ def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Co
     weights = {run.label: str(Training(base.name, run.overrides, run.recipe).directory.export) for run in whole}
     settings = CompareSettings(models=weights, baseline=whole[0].label)
     scored = score_models(loaded, RATES, settings, folder / "scores", console)
-    taken = {one.label: one.mean(CROSS_ENTROPY) for one in scored}
+    taken = {one.label: value for one in scored if isfinite(value := one.mean(CROSS_ENTROPY))}
     found: dict[str, dict[float, float | None]] = {}
     for run in runs:
         found.setdefault(run.method.name, {})[run.recipe.train.learning_rate] = taken.get(run.label)
     write_json(folder / CHOSEN, {"seed": SEED, "rows": behind, CROSS_ENTROPY: _texts(found)})
     known = {name: {rate: one for rate, one in each.items() if one is not None} for name, each in found.items()}
+    if lost := [name for name, by_rate in known.items() if not by_rate]:
+        raise RunError(f"{folder}: {lost[0]} has a finite cross-entropy with no rate. Write smaller ones.")
     return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in known.items()}
 
 

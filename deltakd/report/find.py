@@ -14,6 +14,7 @@ RECIPE, RESULTS, SWEEP = "recipe.yaml", "results.json", "sweep.json"
 WITHIN = frozenset({"scores", "predictions"})  # of an evaluation
 CLOSED = WITHIN | {"checkpoints", "export", "export.part", "tensorboard", "logs", "status", "models", "best", "faulty"}
 CLOSED |= {"service", "tokens", "trace", "world", "tokenizer", "wandb"}
+CLOSED |= {"rates"}  # trials for a learning rate, of which nothing is shown but the choice
 MOST_DEEP = 5
 
 

@@ -14,7 +14,7 @@ import deltakd
 from deltakd.base.errors import RecipeError
 from deltakd.base.settings import Settings
 from deltakd.recipe.explain import closest, explain
-from deltakd.recipe.load import STUDIES, read_tree
+from deltakd.recipe.load import STUDIES, SUFFIXES, read_tree
 from deltakd.recipe.marks import Marked, nearest, plain
 from deltakd.report.find import CLOSED
 
@@ -83,6 +83,7 @@ class Asking:
     world: str
     recipe: str
     set: Sequence[str]  # of the world
+    typed: Sequence[str] = ()  # on the command line, which wins over everything
 
 
 def study_names() -> list[str]:
@@ -102,7 +103,7 @@ def read_study(name: str) -> Study:
         raise RecipeError("\n".join(f"{at}: {key}: {one.what}. {one.todo}." for (at, key), one in said)) from error
 
 
-def askings(study: Study, only: Sequence[str]) -> list[Asking]:
+def askings(study: Study, only: Sequence[str], typed: Sequence[str] = ()) -> list[Asking]:
     """Return every question in each of its worlds, or `only` some. Raises RecipeError for a name that is none."""
     for name in only:
         if name not in study.questions:
@@ -110,7 +111,7 @@ def askings(study: Study, only: Sequence[str]) -> list[Asking]:
                 f"--only: {name} is no question of this study. Write some of {', '.join(study.questions)}."
             )
     return [
-        Asking(name, question, world, study.worlds[world].recipe, [*study.set, *study.worlds[world].set])
+        Asking(name, question, world, study.worlds[world].recipe, [*study.set, *study.worlds[world].set], typed)
         for name, question in study.questions.items()
         if not only or name in only
         for world in question.worlds
@@ -122,7 +123,7 @@ def _folders() -> list[Path]:
 
 
 def _find(name: str) -> Path:
-    if "/" in name or name.endswith(".yaml"):
+    if "/" in name or name.endswith(SUFFIXES):
         return Path(name)
     for folder in _folders():
         if (path := folder / f"{name}.yaml").is_file():

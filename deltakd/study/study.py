@@ -55,7 +55,7 @@ def study(asked: Asked) -> None:
         raise RunError(f"--jobs: {asked.jobs} trainings at a time are none. Write 1 or more.")
     found = read_study(asked.study)
     rows = _rows(asked, found)
-    chosen = askings(found, asked.only)
+    chosen = askings(found, asked.only, asked.overrides)
     bases = {one.world: _base(asked, one, rows) for one in chosen}
     for one in chosen:
         try:
@@ -108,7 +108,7 @@ def _rows(asked: Asked, found: Study) -> Mapping[str, Sequence[str]]:
 
 def _base(asked: Asked, one: Asking, rows: Mapping[str, Sequence[str]]) -> Base:
     own: dict[str, str] = {}
-    for word in (*one.set, *asked.overrides):  # a world's win over the study's, those that are typed over both
+    for word in (*one.set, *one.typed):  # a world's win over the study's, those that are typed over both
         key = word.partition("=")[0]
         own.pop(key, None)
         own[key] = word
@@ -116,7 +116,11 @@ def _base(asked: Asked, one: Asking, rows: Mapping[str, Sequence[str]]) -> Base:
 
 
 def _words(one: Asking, base: Base) -> list[str]:
-    return [*base.overrides, *one.question.sweep]
+    """Return what the sweep is asked: the question's settings win over its world's, and typed ones over both."""
+    typed = {word.partition("=")[0] for word in one.typed}
+    asked = [word for word in one.question.sweep if word.partition("=")[0] not in typed]
+    keys = {word.partition("=")[0] for word in asked}
+    return [*(word for word in base.overrides if word.partition("=")[0] not in keys), *asked]
 
 
 def _refuse(one: Asking, base: Base) -> None:
@@ -133,7 +137,8 @@ def _refuse(one: Asking, base: Base) -> None:
 def _comparison(one: Asking, base: Base) -> Comparison:
     question, engine = one.question, base.load().recipe.engine.name
     rates, within = question.learning_rates, f"{one.name}/"
-    return Comparison(base, question.methods, question.seeds, question.steps, engine, rates, within)
+    steps = None if any(word.startswith("train.steps=") for word in one.typed) else question.steps
+    return Comparison(base, question.methods, question.seeds, steps, engine, rates, within)
 
 
 def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:

@@ -1,6 +1,7 @@
 """Studies: what is asked is checked before anything runs, and the whole command answers, goes on and reports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from deltakd.recipe.load import load, recipe_names
 from deltakd.study import study
 from deltakd.study.grid import read_grid
 from deltakd.study.questions import askings, read_study, study_names
+from deltakd.study.study import Asked, _base, _comparison, _words
 
 STUDIES = Path(__file__).parents[2] / "recipes" / "studies"
 WORLDS = "title: t\nworlds: {here: {recipe: quickstart}}\n"
@@ -181,8 +183,8 @@ def test_a_rate_for_all_is_refused_where_each_method_chooses_however_it_is_writt
 
 def test_a_study_of_one_s_own_extends_one_of_the_book_and_its_worlds_settings_win(tmp_path):
     (tmp_path / "mine.yaml").write_text("extends: delta_small\nworlds: {math: {set: ['engine={name: fsdp2}']}}\n")
-    one = askings(read_study(str(tmp_path / "mine.yaml")), ["alpha"])[0]
     asked = study.Asked("mine", [], [], 1, tmp_path, ["generation.num_prompts=7"])
+    one = askings(read_study(str(tmp_path / "mine.yaml")), ["alpha"], asked.overrides)[0]
     recipe = study._base(asked, one, {}).load().recipe
     assert (one.world, recipe.engine.name, recipe.generation.num_prompts) == ("math", "fsdp2", 7)
     read_grid(one.recipe, study._words(one, study._base(asked, one, {})), one.name)
@@ -260,3 +262,20 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
     again = (tmp_path / "made/study.md").read_text()
     fault = next(line for line in text.splitlines() if line.startswith("Not answered: 2 of 2 runs failed"))
     assert again.splitlines()[4:] == text.replace(f"{fault}\n\n", "").splitlines()[4:]
+
+
+def test_what_is_typed_wins_over_a_question_and_a_question_over_its_world(tmp_path, monkeypatch):
+    """So a trial of a few steps is one word."""
+    asked = Asked("delta_small", [], ["alpha", "architecture"], 1, tmp_path, ["train.steps=30", "seed=5"])
+    found = read_study("delta_small")
+    for one in askings(found, asked.only, asked.overrides):
+        base = _base(asked, one, {})
+        if one.question.methods:
+            assert _comparison(one, base).steps is None and base.load().recipe.train.steps == 30
+        else:
+            grid = read_grid(base.name, _words(one, base), one.name)
+            assert {point.loaded.recipe.train.steps for point in grid.points} == {30}
+            assert {point.seed for point in grid.points} == {5} and len(grid.points) == 4
+    world = replace(one, question=found.questions["alpha"], set=["train.steps=9"], typed=[])
+    grid = read_grid("small_math", _words(world, _base(asked, world, {})), "alpha")
+    assert {point.loaded.recipe.train.steps for point in grid.points} == {60}
