@@ -6,16 +6,16 @@ said to be there: the best may lie beyond.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from deltakd.base.errors import RunError
 from deltakd.base.files import write_json
+from deltakd.base.rundir import RunDirectory
 from deltakd.bench.method_plan import RATE, Base, Run, plan_of, read_method, with_rate
 from deltakd.data.sources import load_rows
 from deltakd.evaluate.compare import CROSS_ENTROPY
@@ -26,6 +26,7 @@ from deltakd.recipe.trainings import Training, free_devices, refuse_failed, trai
 from deltakd.train.checkpoints import FAULTY
 
 SEED = 0
+Found = dict[str, dict[float, float | None]]  # method -> rate -> cross-entropy; None: it diverged
 RATES, CHOSEN = "rates", "rates.json"
 
 
@@ -56,25 +57,46 @@ def choose(base: Base, runs: Sequence[Run], folder: Path, jobs: int, console: Co
     A rate whose loss is not finite is none to choose. Raises RunError for other trainings that failed, or all of one's.
     """
     trainings = [Training(base.name, run.overrides, run.recipe, True) for run in runs]
-    behind = _rows_behind(base)
-    faults = train_all(trainings, jobs, console, free_devices())
-    whole = [run for run, one in zip(runs, trainings, strict=True) if str(one.directory.path) not in faults]
-    broken = {path: fault for path, fault in faults.items() if not (Path(path) / FAULTY).exists()}
-    refuse_failed(broken or ({} if _methods(whole) == _methods(runs) else faults), len(trainings))
+    behind = rows_behind(base)
+    whole = survivors(runs, train_all(trainings, jobs, console, free_devices()))
     # One token is no answer, but answers are not what is chosen by: only the references' cross-entropy is.
     loaded = load(base.name, [*base.overrides, *behind, "evaluation.max_new_tokens=1"])
-    weights = {run.label: str(Training(base.name, run.overrides, run.recipe).directory.export) for run in whole}
+    weights = {run.label: str(RunDirectory(Path(run.recipe.directory)).export) for run in whole}
     settings = CompareSettings(models=weights, baseline=whole[0].label)
     scored = score_models(loaded, RATES, settings, folder / "scores", console)
-    taken = {one.label: value for one in scored if isfinite(value := one.mean(CROSS_ENTROPY))}
-    found: dict[str, dict[float, float | None]] = {}
+    taken = {one.label: one.mean(CROSS_ENTROPY) for one in scored}
+    found: Found = {}
     for run in runs:
         found.setdefault(run.method.name, {})[run.recipe.train.learning_rate] = taken.get(run.label)
-    write_json(folder / CHOSEN, {"seed": SEED, "rows": behind, CROSS_ENTROPY: _texts(found)})
-    known = {name: {rate: one for rate, one in each.items() if one is not None} for name, each in found.items()}
-    if lost := [name for name, by_rate in known.items() if not by_rate]:
-        raise RunError(f"{folder}: {lost[0]} has a finite cross-entropy with no rate. Write smaller ones.")
-    return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in known.items()}
+    best = best_of(found)
+    texts = {name: {repr(rate): value for rate, value in by_rate.items()} for name, by_rate in found.items()}
+    write_json(folder / CHOSEN, {"seed": SEED, "rows": behind, CROSS_ENTROPY: texts})
+    return best
+
+
+def survivors(runs: Sequence[Run], faults: Mapping[str, str]) -> list[Run]:
+    """Return the runs that a rate may be chosen of: all but those whose loss was not finite.
+
+    `faults` holds a sentence for each that failed, by its directory. Raises RunError where one failed for another
+    reason, or where none of a method is left.
+    """
+    whole = [run for run in runs if run.recipe.directory not in faults]
+    broken = {path: fault for path, fault in faults.items() if not (Path(path) / FAULTY).exists()}
+    lost = {run.method.name for run in runs} - {run.method.name for run in whole}
+    refuse_failed(dict(broken or (faults if lost else {})), len(runs))
+    return whole
+
+
+def best_of(found: Found) -> dict[str, float]:
+    """Return each method's rate of least cross-entropy. Raises RunError where a method has none that is finite."""
+    finite = {
+        name: {rate: value for rate, value in by_rate.items() if value is not None and isfinite(value)}
+        for name, by_rate in found.items()
+    }
+    for name, by_rate in finite.items():
+        if not by_rate:
+            raise RunError(f"learning rates: {name} has a finite cross-entropy with none. Write smaller ones.")
+    return {name: min(by_rate, key=by_rate.__getitem__) for name, by_rate in finite.items()}
 
 
 def describe(folder: Path, chosen: dict[str, float]) -> str:
@@ -91,15 +113,7 @@ def describe(folder: Path, chosen: dict[str, float]) -> str:
     )
 
 
-def _methods(runs: Sequence[Run]) -> set[str]:
-    return {run.method.name for run in runs}
-
-
-def _texts(found: dict[str, dict[float, float | None]]) -> dict[str, Any]:
-    return {name: {repr(rate): value for rate, value in by_rate.items()} for name, by_rate in found.items()}
-
-
-def _rows_behind(base: Base) -> list[str]:
+def rows_behind(base: Base) -> list[str]:
     """Return the overrides that have the evaluation read the rows behind its own. Raises RunError if there are none."""
     recipe = base.load().recipe
     source, wanted = recipe.data.validation, recipe.evaluation.num_prompts

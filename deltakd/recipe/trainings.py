@@ -195,14 +195,19 @@ def _end(life: _Life) -> str | None:
         steps = (directory.finished() or {}).get("steps")
         if life.training.to_the_end and steps != recipe.train.steps:
             return f"{directory.path}: ended after {steps} of {recipe.train.steps} steps; see {log}."
-        if (directory.path / "resumed.jsonl").exists():  # these are the seconds of its last life alone
-            remove(directory.path / WALL)  # and those of a shorter training
-        else:
-            write_json(directory.path / WALL, {"wall_s": time.perf_counter() - life.began})
+        keep_wall(directory, time.perf_counter() - life.began)
         return None
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
     why = said[-1].removeprefix("deltakd: ").rstrip(".") if said else f"ended with exit code {life.process.returncode}"
     return f"{directory.path}: {why}; its log is {log}."
+
+
+def keep_wall(directory: RunDirectory, wall_s: float) -> None:
+    """Keep how long a whole training took, if it did so in one life."""
+    if (directory.path / "resumed.jsonl").exists():  # these are the seconds of its last life alone
+        remove(directory.path / WALL)  # and those of a shorter training
+    else:
+        write_json(directory.path / WALL, {"wall_s": wall_s})
 
 
 def free_devices() -> list[str]:

@@ -1,22 +1,21 @@
 """What many trainings beside each other leave of each."""
 
 import json
-from types import SimpleNamespace
 
 from deltakd.base.errors import EXIT_STOPPED, Stopped
 from deltakd.base.rundir import RunDirectory
-from deltakd.recipe import pipeline, trainings
+from deltakd.recipe import pipeline
+from deltakd.recipe.trainings import WALL, keep_wall
 
 
-def test_how_long_a_run_took_is_not_known_once_it_has_gone_on(tmp_path, monkeypatch):
+def test_how_long_a_run_took_is_not_known_once_it_has_gone_on(tmp_path):
     """A run that was finished and goes on for more steps has the seconds of the first ones in its folder."""
-    monkeypatch.setattr(trainings, "is_finished", lambda run, recipe: True)
-    training = SimpleNamespace(directory=RunDirectory(tmp_path), recipe=None, to_the_end=False)
-    life = SimpleNamespace(training=training, process=SimpleNamespace(returncode=0), began=0.0)
-    wall = tmp_path / trainings.WALL
-    assert trainings._end(life) is None and json.loads(wall.read_text())["wall_s"] > 0
+    directory, wall = RunDirectory(tmp_path), tmp_path / WALL
+    keep_wall(directory, 7.5)
+    assert json.loads(wall.read_text()) == {"wall_s": 7.5}
     (tmp_path / "resumed.jsonl").write_text("{}\n")
-    assert trainings._end(life) is None and not wall.exists()
+    keep_wall(directory, 9.0)
+    assert not wall.exists()
 
 
 def test_a_stage_that_is_interrupted_before_it_can_say_so_is_stopped_and_not_broken(tmp_path):

@@ -6,15 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from rich.console import Console
 
 from deltakd.__main__ import main
-from deltakd.base.errors import ModelError, RecipeError, RunError, Stopped
+from deltakd.base.errors import RecipeError, RunError
 from deltakd.base.rundir import RunDirectory
-from deltakd.bench import rates
 from deltakd.bench.method_plan import Base, plan
-from deltakd.bench.rates import choose, describe, rate_runs
-from deltakd.evaluate.compare import ModelScores
+from deltakd.bench.rates import best_of, rate_runs, rows_behind, survivors
 from deltakd.recipe import pipeline
 from deltakd.recipe.held_out import held_out_conversations
 from deltakd.recipe.load import load, recipe_names
@@ -73,47 +70,33 @@ def with_methods(lab, folder):
     return str(folder / "tiny.yaml")
 
 
-@pytest.fixture
-def tried(lab, tmp_path, monkeypatch):
-    """Two methods with three rates each, of which nothing is trained: what would be found of them."""
+def test_the_rate_of_least_cross_entropy_is_chosen_and_one_that_diverges_is_passed_over():
+    found = {"sft": {1.0e-3: 0.3, 1.0e-2: 0.1, 1.0e-1: 0.2}, "delta": {1.0e-3: float("nan"), 1.0e-2: 0.2, 1.0e-1: None}}
+    assert best_of(found) == {"sft": 1.0e-2, "delta": 1.0e-2}
+    with pytest.raises(RunError, match="gkd has a finite cross-entropy with none"):
+        best_of({"gkd": {1.0e-3: None, 1.0e-2: float("inf")}})
+
+
+def test_rates_are_chosen_on_rows_behind_those_of_the_table(lab, tmp_path):
     base = Base(with_methods(lab, tmp_path), [], ["evaluation.num_prompts=4"], tmp_path / "made")
-    runs = rate_runs(base, ["sft", "delta"], [1.0e-3, 1.0e-2, 1.0e-1], 2, "single", "")
-    found = dict(zip([run.label for run in runs], [0.3, 0.1, 0.2, 0.3, 0.2, 0.1], strict=True))
-    read = []
-
-    def score_models(loaded, stage, settings, folder, console):
-        read.append(loaded.recipe)
-        return [ModelScores(label, "", "", {"cross_entropy": [found[label]]}, 0) for label in settings.models]
-
-    monkeypatch.setattr(rates, "train_all", lambda *_: {})
-    monkeypatch.setattr(rates, "score_models", score_models)
-    return base, runs, read
-
-
-def test_the_rate_of_least_cross_entropy_on_rows_behind_the_table_s_is_chosen(tried, tmp_path):
-    base, runs, read = tried
-    best = choose(base, runs, tmp_path, 1, Console())
-    assert best == {"sft": 1.0e-2, "delta": 1.0e-1}
-    assert describe(tmp_path, best).endswith("sft 0.01, delta 0.1 (at an end).")
-    of_table = held_out_conversations(base.load().recipe, 4)
-    chosen_on = held_out_conversations(read[0], read[0].evaluation.num_prompts)
+    recipe = load(base.name, [*base.overrides, *rows_behind(base)]).recipe
+    of_table, chosen_on = held_out_conversations(base.load().recipe, 4), held_out_conversations(recipe, None)
     assert len(chosen_on) == 4 and not {one.where for one in of_table} & {one.where for one in chosen_on}
 
 
-def test_a_rate_that_diverges_is_passed_over_and_any_other_fault_is_told(tried, tmp_path, monkeypatch):
-    base, runs, _ = tried
+def test_a_training_that_diverges_is_no_fault_and_any_other_is_told(lab, tmp_path):
+    base = Base(with_methods(lab, tmp_path), [], [], tmp_path / "made")
+    runs = rate_runs(base, ["sft", "delta"], [1.0e-3, 1.0e-2, 1.0e-1], 2, "single", "")
     faults = {runs[1].recipe.directory: "step 2: loss nan."}
-    monkeypatch.setattr(rates, "train_all", lambda *_: faults)
     with pytest.raises(RunError, match="1 of 6 runs failed: step 2: loss nan"):
-        choose(base, runs, tmp_path, 1, Console())
+        survivors(runs, faults)
     (Path(runs[1].recipe.directory) / "faulty").mkdir(parents=True)
-    best = choose(base, runs, tmp_path, 1, Console())
-    assert best == {"sft": 1.0e-1, "delta": 1.0e-1} and "of 0.001, 0.01, 0.1 that" in describe(tmp_path, best)
+    assert survivors(runs, faults) == [runs[0], *runs[2:]]
     for run in runs[:3]:
         faults[run.recipe.directory] = "step 1: loss nan."
         (Path(run.recipe.directory) / "faulty").mkdir(parents=True, exist_ok=True)
     with pytest.raises(RunError, match="3 of 6 runs failed"):  # no rate is left
-        choose(base, runs, tmp_path, 1, Console())
+        survivors(runs, faults)
 
 
 @pytest.mark.parametrize(
@@ -190,33 +173,21 @@ def test_a_study_of_one_s_own_extends_one_of_the_book_and_its_worlds_settings_wi
     read_grid(one.recipe, study._words(one, study._base(asked, one, {})), one.name)
 
 
-def test_a_question_that_fails_says_so_beside_what_it_had_and_a_stop_ends_all(tmp_path, capsys, monkeypatch):
+def test_a_question_that_fails_says_so_beside_what_it_had_and_the_others_are_asked(lab, tmp_path, capsys):
+    (tmp_path / "bare.yaml").write_text(f"extends: {lab.recipe}\nmodels: {{teacher: {{weights: '{tmp_path}/none'}}}}\n")
+    worlds = "".join(f"  {name}: {{recipe: {tmp_path}/bare.yaml}}\n" for name in ("here", "there"))
     questions = "questions: {q: {ask: a, worlds: [here, there], sweep: ['seed=1,2']}}\n"
-    worlds = "title: t\nworlds: {here: {recipe: quickstart}, there: {recipe: quickstart}}\n"
-    (tmp_path / "mine.yaml").write_text(worlds + questions)
+    (tmp_path / "mine.yaml").write_text(f"title: t\nworlds:\n{worlds}{questions}")
     old = tmp_path / "made/here/sweeps/q/table.md"
     old.parent.mkdir(parents=True)
     old.write_text("# old\n\n| a table |\n")
-    words, asked = ["study", f"{tmp_path}/mine.yaml", f"--root={tmp_path}/made"], []
-
-    def fails(one, base, jobs, console):
-        asked.append(one.world)
-        raise ModelError("weights: nowhere. Write others.")
-
-    monkeypatch.setattr(study, "_answer", fails)
-    assert main(words) == 2 and asked == ["here", "there"]
+    words = ["study", f"{tmp_path}/mine.yaml", f"--root={tmp_path}/made"]
+    assert main(words) == 2
     error, text = capsys.readouterr().err, (tmp_path / "made/study.md").read_text()
-    assert "2 of 2 questions are not answered. q in here: weights: nowhere." in error and "Traceback" not in error
-    assert "Not answered: weights: nowhere. Write others. What there is of it:\n\n| a table |" in text
-    assert "Not answered: weights: nowhere. Write others.\n\nNot measured yet." in text
-
-    def stops(one, base, jobs, console):
-        asked.append("stopped")
-        raise Stopped("stopped by SIGTERM")
-
-    monkeypatch.setattr(study, "_answer", stops)
-    assert main(words) == 75 and asked == ["here", "there", "stopped"]
-    capsys.readouterr()
+    assert "2 of 2 questions are not answered. q in here: " in error and "Traceback" not in error
+    fault = f"models.teacher.weights: {tmp_path}/none does not exist"
+    assert text.count(fault) == 2 and "What there is of it:\n\n| a table |" in text
+    assert text.endswith("\n\nNot measured yet.\n")
     with RunDirectory(tmp_path / "made").claim():
         assert main(words) == 2 and "made: in use by a live run" in capsys.readouterr().err
 
