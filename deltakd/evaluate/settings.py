@@ -1,8 +1,9 @@
 """What a recipe says about answers: how they are drawn, which are held against references, which are kept as rows."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from deltakd.base.settings import Settings
 from deltakd.data.settings import SourceSettings
@@ -63,10 +64,20 @@ class ResponsesSettings(Settings):
     rows: SourceSettings | None = Field(None, description="Where the prompts come from; null: data.train.")
 
 
+def _without_null(models: Any) -> Any:
+    """Leave out what a recipe that extends another sets to null."""
+    return {label: one for label, one in models.items() if one is not None} if isinstance(models, Mapping) else models
+
+
 class CompareSettings(Settings):
     """Which models one table compares, and against which of them the differences are taken."""
 
-    models: dict[str, str] = Field(min_length=1, description="Label -> weights, in the table's order.")
+    models: Annotated[dict[str, str], BeforeValidator(_without_null, json_schema_input_type=dict[str, str | None])] = (
+        Field(
+            min_length=1,
+            description="Label -> weights, in the table's order. null leaves an inherited one out.",
+        )
+    )
     baseline: str = Field(description="The label that differences are taken against.")
     teacher: str | None = Field(
         None,

@@ -185,6 +185,10 @@ def test_a_stage_is_changed_by_its_name_from_a_file_and_from_the_command_line():
     words = ["models.teacher.weights=mine", "pipeline.sft.train.models.student.weights='{models.teacher.weights}'"]
     words.append("pipeline.sft.train.models.teacher.weights=other")
     assert load_recipe(path, words, "sft").models.student.weights == "mine"  # the recipe's teacher, not the stage's
+    table = "pipeline: [{name: table, evaluate: {models: {a: org/a, b: org/b}, baseline: b, teacher: a}}]\n"
+    written("extends: base\n" + table, "recipes/tabled.yaml")
+    path = written("extends: tabled\npipeline: {table: {evaluate: {models: {a: null}, teacher: null}}}\n")
+    assert load_recipe(path).pipeline[0].evaluate.models == {"b": "org/b"}  # as an accelerator too small for a wants
     assert "recipes/case.yaml:2: word: nothing here has this name" in refusal(
         written("extends: child\npipeline: {word: {tokenizer: {vocab_size: 400}}}\n")
     )
