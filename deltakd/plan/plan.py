@@ -19,6 +19,8 @@ from deltakd.plan.work import Work, traffic, work
 from deltakd.recipe.checks import check_recipe
 from deltakd.recipe.load import load
 
+NARROW = 256  # at 128 runs were 1.8 to 2.7 times as slow as planned, at 384 within 20% (docs/results/plan.md)
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -167,6 +169,8 @@ def _notes(run: Run, cluster: Cluster, best: Split, num_students: int) -> list[s
     shapes = [run.student, *(one.shape for one in run.frozen.values())]
     if (positions := min(shape.max_positions or 10**9 for shape in shapes)) < recipe.data.max_tokens:
         notes.append(f"data.max_tokens is {recipe.data.max_tokens:,}, a model knows {positions:,} positions")
+    if run.student.hidden_size < NARROW:
+        notes.append(f"hidden size {run.student.hidden_size}: so narrow a model takes twice this time and more")
     if recipe.data.layout == "padded":
         notes.append("layout padded: padding counts as tokens here, and is computed")
     host = ceil(best.students * run.student.num_parameters * run.width / 2**30)

@@ -52,6 +52,11 @@ def test_the_split_is_the_fastest_that_fits():
     assert steps == sorted(steps[: lowest + 1], reverse=True) + sorted(steps[lowest + 1 :])
 
 
+def test_a_reader_is_told_that_narrow_models_are_slower_than_planned():
+    notes = [" ".join(plan(name, [], gpus="8xH100").notes) for name in ("quickstart", "ultrachat")]
+    assert ["so narrow a model" in text for text in notes] == [True, False]
+
+
 def test_the_foretold_speed_is_the_simulations():
     """docs/scaling.md: simulated with the same arithmetic and sheet, spread and waiting included: 72,000 tokens/s."""
     planned = plan("ultrachat", [], gpus="8xH100")
