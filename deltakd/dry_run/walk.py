@@ -101,15 +101,23 @@ def _play(act: Act, folder: Path, console: Console) -> None:
         try:
             code = process.wait(LONGEST_S)
         except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
+            _end(process)
             raise RunError(f"dry run, {act.name}: no end after {LONGEST_S:.0f} s. Look at {log}.") from None
         except BaseException:
-            process.terminate()
-            process.wait()
+            _end(process)
             raise
     if code:
         said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
         why = said[-1].removeprefix("deltakd: ") if said else f"ended with exit code {code}."
         raise RunError(f"dry run, {act.name}: {why} Its log is {log}.")
     console.print(f"{act.name}: {act.shows}, {time.monotonic() - began:.0f} s")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Have a command leave, or kill what does not: its own processes notice that."""
+    process.terminate()
+    try:
+        process.wait(LEAVE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -29,7 +29,7 @@ from deltakd.study.grid import read_grid
 from deltakd.study.questions import Asking, Study, askings, read_study
 from deltakd.study.results import find_baseline
 
-REPORT, TABLES, TABLE = "report.html", "study.md", "table.md"
+REPORT, TABLES, TABLE, HEADING = "report.html", "study.md", "table.md", "heading.md"
 Faults = dict[tuple[str, str], str]  # by question and world
 
 
@@ -143,9 +143,11 @@ def _comparison(one: Asking, base: Base) -> Comparison:
 
 def _answer(one: Asking, base: Base, jobs: int, console: Console) -> None:
     question = one.question
+    # It stands over the table for as long as that stands: what is typed with a later command may be for others only.
+    write_text(_folder(one, base.root) / HEADING, _heading(one, base.own))
     if question.methods:
         ((_, table),) = compare_methods([_comparison(one, base)], jobs, console)
-        write_text(base.root / one.name / TABLE, table)
+        write_text(_folder(one, base.root) / TABLE, table)
         return
     grid = read_grid(base.name, _words(one, base), one.name)
     for stage in stages_behind(base.name, base.overrides, [point.loaded.recipe for point in grid.points]):
@@ -162,13 +164,21 @@ def _tables(found: Study, every: Sequence[Asking], asked: Asked, faults: Faults)
         if one.name != asked_before:
             lines.append(f"## {one.question.ask}")
         asked_before = one.name
-        folder = asked.root / one.world
-        table = folder / (one.name if one.question.methods else f"sweeps/{one.name}") / TABLE
-        lines.append(f"### {one.world}: {' '.join([one.recipe, *one.set])}")
+        folder = _folder(one, asked.root / one.world)
+        table, heading = folder / TABLE, folder / HEADING
+        lines.append(heading.read_text() if heading.exists() else _heading(one, one.set))
         if fault := faults.get((one.name, one.world)):
             lines.append(f"Not answered: {fault}" + (" What there is of it:" if table.exists() else ""))
         lines.append(_without_title(table.read_text()) if table.exists() else "Not measured yet.")
     return "\n\n".join(lines) + "\n"
+
+
+def _folder(one: Asking, root: Path) -> Path:
+    return root / (one.name if one.question.methods else f"sweeps/{one.name}")
+
+
+def _heading(one: Asking, settings: Sequence[str]) -> str:
+    return f"### {one.world}: {' '.join([one.recipe, *settings])}"
 
 
 def _without_title(text: str) -> str:

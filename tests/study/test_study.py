@@ -233,6 +233,10 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
     again = (tmp_path / "made/study.md").read_text()
     fault = next(line for line in text.splitlines() if line.startswith("Not answered: 2 of 2 runs failed"))
     assert again.splitlines()[4:] == text.replace(f"{fault}\n\n", "").splitlines()[4:]
+    typed = "evaluation.num_prompts=3"
+    assert main([*words, "--only=alpha", typed]) == 0
+    headings = [line for line in (tmp_path / "made/study.md").read_text().splitlines() if line.startswith("### ")]
+    assert [typed in line for line in headings] == [True, False, False]  # the other tables are those of before
 
 
 def test_what_is_typed_wins_over_a_question_and_a_question_over_its_world(tmp_path, monkeypatch):
