@@ -56,7 +56,7 @@ def page(material: Material, title: str) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"metric": methods.title, "number": methods.number}
+    environment.filters |= {"metric": methods.title, "number": methods.number, "better": methods.better}
     sections = charts(runs, material.responses)
     places = {run.name: index for index, run in enumerate(runs)}
     colours = {key: places[name] for key, name in scored_runs(runs, material.evaluations).items()}
@@ -72,7 +72,6 @@ def page(material: Material, title: str) -> str:
         gaps=gaps(runs, material.evaluations, tables),
         sections=sections,
         colours=colours,
-        shares=methods.SHARES,
         plotly=_script(plotly_source()),
         style=(PAGE / "style.css").read_text(),
         script="\n".join((PAGE / name).read_text() for name in SCRIPTS),

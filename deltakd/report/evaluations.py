@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltakd.evaluate.compare import CROSS_ENTROPY, KEPT, KL_TO_TEACHER, TITLES
+from deltakd.evaluate.compare import ANSWER, CROSS_ENTROPY, KEPT, KL_TO_TEACHER, TITLES
 from deltakd.evaluate.scores import ROUGE, Interval
 from deltakd.report.find import RESULTS
 
 NUM_RESAMPLES = 2000
-SHARES = (*ROUGE, "answer_correct")  # between 0 and 1, more is better; all other metrics are nats, less is better
-TITLES_HERE = {**TITLES, "answer_correct": "correct"}
+RETAINED, LENGTH = "retained", "mean_tokens"
+SHARES = (*ROUGE, ANSWER, RETAINED)  # more is better; but for a length all other metrics are nats, less is better
+TITLES_HERE = {**TITLES, RETAINED: "of the teacher's ROUGE-L, %", LENGTH: "tokens", "answer_correct": "correct"}
 NOT_METRICS = frozenset({"weights", "identity", "num_truncated", "difference"})
 
 
@@ -71,8 +72,8 @@ class Table:
         return len(self.rows)
 
     def best(self, metric: str) -> float | None:
-        """Return a metric's best mean."""
-        means = [row.cells[metric].mean for row in self.rows if metric in row.cells]
+        """Return a metric's best mean; None where no length is better than another."""
+        means = [row.cells[metric].mean for row in self.rows if metric in row.cells and better(metric)]
         return None if not means else max(means) if metric in SHARES else min(means)
 
 
@@ -200,8 +201,13 @@ def title(metric: str) -> str:
     return TITLES_HERE.get(metric, f"kept: {metric.removeprefix(KEPT)}" if metric.startswith(KEPT) else metric)
 
 
+def better(metric: str) -> str:
+    """Say which way a metric is better: `more`, `less`, or `` of a length."""
+    return "" if metric == LENGTH else "more" if metric in SHARES else "less"
+
+
 def number(value: float, metric: str, sign: str = "") -> str:
     """Write a metric's value: shares times 100, nats as they are."""
-    factor, digits = (100, 1) if metric in SHARES else (1, 3)
+    factor, digits = (100, 1) if metric in SHARES else (1, 1 if metric == LENGTH else 3)
     text = f"{factor * value:{sign}.{digits}f}"
     return text.replace("-", "\N{MINUS SIGN}") if sign else text

@@ -24,9 +24,9 @@ def _markdown(table: Table) -> str:
     prompts = f"{table.num_prompts} held-out prompts. " if table.num_prompts else ""
     lines += [
         "",
-        f"{prompts}ROUGE: F1 x 100, more is better. Cross-entropy, KL and `kept`: nats per token, less is better. In "
-        f"brackets: mean difference per row to {table.against} with its paired 95% bootstrap interval, bold where it "
-        "does not hold 0.",
+        f"{prompts}ROUGE: F1 x 100, more is better, as of what is in %. Cross-entropy, KL and `kept`: nats per token, "
+        f"less is better. In brackets: mean difference per row to {table.against} with its paired 95% bootstrap "
+        "interval, bold where it does not hold 0.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from deltakd.base.errors import RunError
-from deltakd.evaluate.compare import ModelScores
+from deltakd.evaluate.compare import ModelScores, compare, write_comparison
 from deltakd.evaluate.grouped import write_groups
 from deltakd.report.build import gather
-from deltakd.report.evaluations import interval_of_mean, read_evaluation, tables
+from deltakd.report.evaluations import better, interval_of_mean, number, read_evaluation, tables, title
 from deltakd.report.examples import answers_of, examples
 from deltakd.report.find import find
 from deltakd.report.gaps import gaps, scored_runs
@@ -128,6 +128,28 @@ def test_evaluations_of_the_same_baseline_are_one_table_and_others_are_not(tmp_p
     merged, apart = tables(made)
     assert [row.label for row in merged.rows] == ["sft", "delta", "gkd"] and len(apart.rows) == 2
     assert merged.num_prompts == 3 and merged.best("cross_entropy") == pytest.approx(0.4 / 3)
+
+
+def test_more_right_answers_are_better_and_no_length_is(tmp_path):
+    """Of an evaluation as it is written, of math: right answers are shares, as ROUGE is, and so is what is retained."""
+
+    def scored(label, right, tokens):
+        rows = {"rougeL": right, "answer": right, "cross_entropy": [1 - one for one in right]}
+        return ModelScores(label, f"{label}/export", label, rows, 0, tokens)
+
+    models = [scored("sft", [0.0, 0.0, 0.0, 0.5], [3.0] * 4), scored("delta", [1.0, 1.0, 1.0, 0.5], [9.0] * 4)]
+    write_comparison(compare(models, "sft", "delta", 200, 0), {"protocol": "paper"}, tmp_path)
+    [table] = tables([read_evaluation("evaluation", tmp_path)])
+    sft, delta = table.rows
+    assert delta.cells["answer"].verdict("answer") == "better" == delta.cells["cross_entropy"].verdict("cross_entropy")
+    assert {metric: table.best(metric) for metric in table.metrics} == {
+        **dict.fromkeys(("rougeL", "answer"), 0.875),
+        **{"cross_entropy": 0.125, "retained": 1.0, "mean_tokens": None},
+    }
+    directions = {"rougeL": "more", "answer": "more", "retained": "more", "cross_entropy": "less", "mean_tokens": ""}
+    assert {metric: better(metric) for metric in table.metrics} == directions
+    assert title("retained") == "of the teacher's ROUGE-L, %" and number(1 / 7, "retained") == "14.3"
+    assert number(sft.cells["mean_tokens"].mean, "mean_tokens") == "3.0"
 
 
 def test_an_interval_of_a_mean_covers_it_about_as_often_as_it_says():
