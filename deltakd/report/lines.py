@@ -1,7 +1,7 @@
 """Files of one JSON object per line, as columns of numbers.
 
 Decodes a run of 10,000 steps in some 15 ms. A line that is torn, as the last one of a run that writes just now or whose
-node has died, is left out and counted.
+node has died, is left out and counted, and so is one that has no step.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,11 @@ def read_columns(path: Path, names: Sequence[str]) -> tuple[dict[str, Floats], i
                 lines.append(decoder.decode(line))
             except msgspec.MsgspecError:
                 torn += 1
-    return {name: _column(list(map(attrgetter(name), lines))) for name in names}, torn
+    columns = {name: _column(list(map(attrgetter(name), lines))) for name in names}
+    if "step" in columns and (stray := ~np.isfinite(columns["step"])).any():
+        torn += int(stray.sum())
+        columns = {name: column[~stray] for name, column in columns.items()}
+    return columns, torn
 
 
 def _column(values: list[float | None]) -> Floats:

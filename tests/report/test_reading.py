@@ -56,6 +56,15 @@ def test_a_half_written_last_line_is_left_out_and_said(tmp_path):
     assert read.steps == 10 and any("half-written" in note for note in read.notes)
 
 
+def test_a_line_without_a_step_is_left_out_as_a_torn_one_is(tmp_path):
+    run = make_run(tmp_path / "stray", num_steps=10)
+    with (run / "steps.jsonl").open("a") as file:
+        file.write('{"step": null, "loss": 7.0}\n{}\n')
+    read = read_run(("stray", run), 100)
+    assert read.steps == 10 and read.curves["loss"].y.max() < 7
+    assert "2 half-written line(s) of its records are left out" in read.notes
+
+
 def test_a_missing_number_is_nan_and_so_is_a_key_that_older_runs_do_not_know(tmp_path):
     (tmp_path / "steps.jsonl").write_text('{"step": 1, "reward": null}\n{"step": 2}\n')
     columns, torn = read_columns(tmp_path / "steps.jsonl", ["step", "reward", "policy"])
