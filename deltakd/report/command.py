@@ -26,16 +26,35 @@ def run_report(options: argparse.Namespace) -> None:
     from deltakd.report.build import gather, page
     from deltakd.report.writing import comma_separated, markdown
 
+    places = _places(options)
     material = gather(options.paths)
     title = options.title or material.found.root.name or "runs"
-    texts = {options.out: lambda: page(material, title)}
-    if options.markdown:
-        texts[options.markdown] = lambda: markdown(material.tables)
-    if options.csv:
-        texts[options.csv] = lambda: comma_separated(material.tables)
-    for path, text in texts.items():
+    texts = {
+        "-o": lambda: page(material, title),
+        "--markdown": lambda: markdown(material.tables),
+        "--csv": lambda: comma_separated(material.tables),
+    }
+    for option, path in places.items():
         try:
-            write_text(path, text(), lasting=False)
+            write_text(path, texts[option](), lasting=False)
         except OSError as error:
-            raise RunError(f"{path}: cannot be written ({error.strerror}). Write -o with a place that can.") from error
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB" if path == options.out else f"{path}: written")
+            raise RunError(
+                f"{path}: cannot be written ({error.strerror}). Write {option} with a place that can."
+            ) from error
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB" if option == "-o" else f"{path}: written")
+
+
+def _places(options: argparse.Namespace) -> dict[str, Path]:
+    """Return by option where each text goes. Raises RunError for a folder, or for one place of two."""
+    from deltakd.base.errors import RunError
+
+    given = {"-o": options.out, "--markdown": options.markdown, "--csv": options.csv}
+    places = {option: path for option, path in given.items() if path is not None}
+    taken = dict[Path, str]()
+    for option, path in places.items():
+        if path.is_dir():
+            raise RunError(f"{option}: {path} is a folder. Write the name of a file.")
+        other = taken.setdefault(path.resolve(), option)
+        if other != option:
+            raise RunError(f"{option}: {path} is where {other} goes. Write another file.")
+    return places

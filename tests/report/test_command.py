@@ -49,6 +49,24 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-o", "."], "-o: . is a folder. Write the name of a file."),
+        (["--csv", "runs"], "--csv: runs is a folder. Write the name of a file."),
+        (["--markdown", "./report.html"], "--markdown: report.html is where -o goes. Write another file."),
+        (["--csv", "a.txt", "--markdown", "a.txt"], "--csv: a.txt is where --markdown goes. Write another file."),
+    ],
+)
+def test_a_folder_and_one_place_of_two_are_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys, words, said
+):
+    make_run(tmp_path / "runs" / "one")
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", "runs", *words]) == 2
+    assert capsys.readouterr().err == f"deltakd: {said}\n" and [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 def test_a_run_without_evaluation_and_an_evaluation_without_runs_are_reports_too(tmp_path):
     run = make_run(tmp_path / "one")
     evaluation = make_evaluation(tmp_path / "evaluation", ["sft"], "sft")
