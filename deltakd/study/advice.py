@@ -36,6 +36,11 @@ def advise(found: Outlook, anchor: str = "teacher") -> str:
     nearest = min((one.temperature for one in found.targets), key=lambda one: abs(one - 1))  # the models' own are at 1
     at = {one.alpha: one.cross_entropy for one in found.targets if one.temperature == nearest}
     kept = max((alpha for alpha in at if 0 < alpha <= MOST_ALPHA and at[alpha] < student), default=None)
+    if not any(0 < alpha <= MOST_ALPHA for alpha in at):
+        return (
+            f"The raw models know this text and agree on it ({raw}; {spread}, at most {MOST_SPREAD:g}), and no alpha "
+            f"of this grid lies above 0 and up to {MOST_ALPHA:g}, where delta did not lose. Ask for one there."
+        )
     if kept is None:
         return (
             f"Keep alpha = 0 ({raw}; {spread}): at no alpha of this grid above 0 and up to {MOST_ALPHA:g} is the "

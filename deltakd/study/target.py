@@ -6,6 +6,7 @@ kept in the cache, so that asking again loads no model. Then one pass over chunk
     ROOT/target/target.json, table.md, curves.html
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -45,7 +46,7 @@ def target(
     """Print the table and what follows from it, and write JSON and a drawing.
 
     Raises RecipeError if the recipe has not the three models or no held-out rows, RunError for a temperature or a
-    number of rows that is none.
+    number of rows that is none, and for targets that are no numbers.
     """
     if min(temperatures) <= 0:
         raise RunError(f"--temperatures: {min(temperatures):g} is none. Write numbers above 0.")
@@ -63,6 +64,7 @@ def target(
     anchor = recipe.objective.target.anchor
     tally = Tally(alphas, temperatures, anchor)
     found = look(_said(inputs, batches), tally, inputs.vocab_size)
+    _refuse_no_numbers(found)
     text, sentence = markdown(found, name), advise(found, anchor)
     folder = Path(recipe.root) / FOLDER
     report = {**machine_facts(), "recipe": name, "overrides": list(overrides), "anchor": anchor, "rows": num_rows}
@@ -114,6 +116,16 @@ def _said(inputs: Inputs, batches: Sequence[PackedBatch]) -> Iterator[tuple[Said
     cached = CachedReferences(folder, frozen_facts(inputs), frozen_heads(inputs, device), inputs.spec, device)
     for batch, payloads in cached.ahead(asked):
         yield payloads, batch.labels.to(device)  # type: ignore[misc]  # hidden states and heads: the payload is hidden
+
+
+def _refuse_no_numbers(found: Outlook) -> None:
+    """Raise RunError for an alpha or a temperature whose target is too large for floating-point numbers."""
+    for one in found.targets:
+        if not all(map(math.isfinite, asdict(one).values())):
+            raise RunError(
+                f"target: of alpha {one.alpha:g} at temperature {one.temperature:g} the numbers are not finite. Write "
+                "--alphas nearer to 0, or --temperatures nearer to 1."
+            )
 
 
 def _panels(found: Outlook) -> list[Panel]:

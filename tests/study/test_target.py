@@ -137,6 +137,21 @@ def test_the_sentence_looks_at_what_the_raw_models_know_before_their_spread(foun
     assert advise(found).startswith(begins)
 
 
+def test_a_grid_without_small_alphas_is_not_told_that_they_lose():
+    found = seen(0.5, 0.33, 0.12)
+    few = replace(found, targets=[one for one in found.targets if one.alpha in (0, 1)])
+    assert "no alpha of this grid lies above 0 and up to 0.5" in advise(few) and "Keep" not in advise(few)
+
+
+def test_targets_that_are_no_numbers_are_refused_and_nothing_is_written(asked, capsys):
+    folder = asked.root / "target"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main([*asked.words[:3], "--alphas=0.5,1e38", "references.dtype=float32", "--rows=6"]) == 2
+    said = "deltakd: target: of alpha 1e+38 at temperature 1 the numbers are not finite. Write --alphas nearer to 0"
+    assert said in capsys.readouterr().err
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_targets_are_held_against_the_raw_student_at_its_temperature():
     """Another temperature's cross-entropy is higher or lower whatever the target knows."""
     found, others = seen(0.5, 0.33, 0.12), (0.5, 2.0)
