@@ -19,10 +19,12 @@ def push(directory: str, hub_id: str, private: bool) -> str:
         raise RunError(f"{run.path}: no finished run. Write the folder of one, as runs/quickstart/delta.")
     if HUB_ID.fullmatch(hub_id) is None or "/" not in hub_id:
         raise RunError(f"--to: {hub_id} is no id of the hub. Write OWNER/NAME.")
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import HfApi, get_token, is_offline_mode
 
     if is_offline_mode():
         raise RunError("push: HF_HUB_OFFLINE is set, and nothing is sent to a hub that is not to be asked. Unset it.")
+    if get_token() is None:
+        raise RunError("push: no token of the hub is here. Set HF_TOKEN to one that may write, or run `hf auth login`.")
     hub = HfApi()
     _try("who you are", lambda: hub.whoami())
     _try(f"making {hub_id}", lambda: hub.create_repo(hub_id, private=private, exist_ok=True))

@@ -76,12 +76,18 @@ def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
         (["nowhere", "--to", "me/it"], {}, "nowhere: no finished run."),
         (["RUN", "--to", "it"], {}, "--to: it is no id of the hub."),
         (["RUN", "--to", "me/it"], {"HF_HUB_OFFLINE": "1"}, "push: HF_HUB_OFFLINE is set"),
-        (["RUN", "--to", "me/it"], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "push: the hub failed at who you are ("),
+        (["RUN", "--to", "me/it"], {"HF_HOME": "/nowhere"}, "push: no token of the hub is here. Set HF_TOKEN to one"),
+        (
+            ["RUN", "--to", "me/it"],
+            {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_none"},
+            "push: the hub failed at who you are ([Errno 111] Connection refused)",
+        ),
     ],
 )
 def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, words, changes, sentence):
     run = str(lab.folder / "runs" / "carded")
     given = [f"{name}={value}" for name, value in changes.items()]
     push = [run if word == "RUN" else word for word in words]
-    done = lab.run("env", "-u", "HF_HUB_OFFLINE", *given, sys.executable, "-m", "deltakd", "push", *push)
+    command = [sys.executable, "-m", "deltakd", "push", *push]
+    done = lab.run("env", "-u", "HF_HUB_OFFLINE", "-u", "HF_TOKEN", *given, *command)
     assert done.returncode == 2 and f"deltakd: {sentence}" in done.stderr and "Traceback" not in done.stderr
