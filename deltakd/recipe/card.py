@@ -15,7 +15,7 @@ from deltakd.base.hub import could_be_hub_id
 from deltakd.base.rundir import RunDirectory
 
 CARD = "README.md"
-FACTS = ("protocol", "rows", "commit", "started")  # of an evaluation
+FACTS = ("protocol", "rows", "num_prompts", "commit", "started")  # of an evaluation
 Scores = Mapping[str, Any]  # of one model, as results.json has them, with `facts` of the evaluation
 
 
@@ -105,5 +105,6 @@ def _table(scores: Scores | None) -> str:
     lines = ["| metric | mean | 95% interval |", "|---|---|---|"]
     for name, found in intervals.items():
         lines.append(f"| {name} | {found['mean']:.4f} | {found['low']:.4f} to {found['high']:.4f} |")
-    what = f"Protocol {facts['protocol']} on `{facts['rows']}`, {facts['started']}, code at {facts['commit']}."
+    what = f"Protocol {facts['protocol']}, {facts['num_prompts']:,} prompts of `{facts['rows']}`, {facts['started']}, "
+    what += f"code at {facts['commit']}."
     return "\n".join([*lines, "", f"{what} ROUGE lies between 0 and 1."]) + "\n"

@@ -101,6 +101,11 @@ class Plan:
             recipe, self.protocol, label, weights, self._shelf, self._held_out, against, target, self.folder, only_kept
         )
 
+    @property
+    def num_prompts(self) -> int:
+        """Return how many prompts every model answers."""
+        return len(self._held_out.rows)
+
     @cached_property
     def _shelf(self) -> Shelf:
         return Shelf(self.loaded.recipe.models, device_name(self.local_index))
@@ -197,7 +202,7 @@ def finish(plan: Plan, console: Console) -> None:
     )
     assert recipe.data.validation is not None  # whose rows were asked
     facts = {**machine_facts(), "seed": recipe.seed, "rows": recipe.data.validation.path}
-    facts |= {"protocol": plan.protocol.name, "asked": plan.protocol.facts()}
+    facts |= {"protocol": plan.protocol.name, "asked": plan.protocol.facts(), "num_prompts": plan.num_prompts}
     write_comparison(result, facts, plan.folder)
     _write_cards(plan, console)
     for warning in result.warnings:

@@ -34,6 +34,7 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
 
     rows = write_rows(tmp_path / "others.jsonl", chat_rows(200, 4))
     words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", f"data.validation.path={rows}"]
+    words += ["evaluation.num_prompts=4"]
     assert main(words) == 0, capsys.readouterr().err
     results = json.loads((lab.folder / "runs" / "evaluations" / "paper" / "results.json").read_text())
     (found,) = results["models"].values()
@@ -41,7 +42,7 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
     scored = {one["name"]: one["value"] for one in front["model-index"][0]["results"][0]["metrics"]}
     assert scored["rougeL"] == round(found["rougeL"], 4) and "Not measured yet" not in body
     assert f"| cross_entropy | {found['cross_entropy']:.4f} |" in body
-    assert front["model-index"][0]["results"][0]["dataset"]["name"] == str(rows) and f"on `{rows}`" in body
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == str(rows) and f", 4 prompts of `{rows}`" in body
 
 
 def test_a_card_that_may_not_be_written_costs_no_table(lab, capsys, monkeypatch):
