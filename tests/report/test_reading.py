@@ -125,9 +125,10 @@ def test_who_took_part_is_counted_and_rates_are_of_a_teachers_own_work(tmp_path)
 
 
 def test_only_settings_that_differ_are_listed(tmp_path):
-    runs = [read_run((str(n), make_run(tmp_path / str(n), seed=n, alpha=n / 4)), 100) for n in (1, 2)]
+    runs = [read_run((str(n), make_run(tmp_path / str(n), 10 * n, seed=n, alpha=n / 4)), 100) for n in (1, 2)]
     found = differences(runs)
-    assert found.values == {"seed": ["1", "2"], "objective.target.alpha": ["0.25", "0.5"]}
+    differing = {"seed": ["1", "2"], "objective.target.alpha": ["0.25", "0.5"]}
+    assert found.values == {**differing, "train.steps": ["10", "20"]}
     assert flat({"a": {"b": [1]}, "c": {}}) == {"a.b": [1], "c": {}}
 
 
@@ -137,6 +138,16 @@ def test_evaluations_of_the_same_baseline_are_one_table_and_others_are_not(tmp_p
     merged, apart = tables(made)
     assert [row.label for row in merged.rows] == ["sft", "delta", "gkd"] and len(apart.rows) == 2
     assert merged.num_prompts == 3 and merged.best("cross_entropy") == pytest.approx(0.4 / 3)
+
+
+def test_a_metric_that_a_model_of_a_table_lacks_is_a_gap(tmp_path):
+    folder = make_evaluation(tmp_path / "evaluation", ["sft", "delta"], "sft")
+    results = json.loads((folder / "results.json").read_text())
+    del results["models"]["delta"]["rougeL"]
+    (folder / "results.json").write_text(json.dumps(results))
+    evaluation = read_evaluation("evaluation", folder)
+    said = [(gap.about, gap.what) for gap in gaps([], [evaluation], tables([evaluation]))]
+    assert said == [("evaluation: delta", "not taken: ROUGE-L")]
 
 
 def test_more_right_answers_are_better_and_no_length_is(tmp_path):
