@@ -3,6 +3,8 @@
 import errno
 import json
 import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 import yaml
@@ -92,3 +94,41 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, words, changes, sent
     command = [sys.executable, "-m", "deltakd", "push", *push]
     done = lab.run("env", "-u", "HF_HUB_OFFLINE", "-u", "HF_TOKEN", *given, *command)
     assert done.returncode == 2 and f"deltakd: {sentence}" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def hub():
+    """A hub that knows everybody and makes nothing; `asked` holds what it was to make."""
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self._say(200, {"name": "me", "type": "user"})
+
+        def do_POST(self):
+            self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self._say(403, {"error": "not here"})
+
+        def _say(self, code, said):
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *said):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.asked = []
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("words, visibility", [([], "private"), (["--public"], "public")])
+def test_a_model_is_private_on_the_hub_unless_public_is_typed(lab, hub, words, visibility):
+    given = [f"HF_ENDPOINT=http://127.0.0.1:{hub.server_port}", "HF_TOKEN=hf_none"]
+    command = [sys.executable, "-m", "deltakd", "push", str(lab.folder / "runs" / "carded"), "--to", "me/it", *words]
+    done = lab.run("env", "-u", "HF_HUB_OFFLINE", *given, *command)
+    assert done.returncode == 2 and "deltakd: push: the hub failed at making me/it (" in done.stderr
+    [made] = hub.asked
+    assert (made["organization"], made["name"], made["visibility"]) == ("me", "it", visibility)
