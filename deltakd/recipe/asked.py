@@ -204,10 +204,10 @@ class Asked:
         return self.chunks / f"{part.name}.json"
 
     def stored(self) -> ModelScores | None:
-        """Return the scores that lie there already for the same question."""
+        """Return the scores that lie there already for the same question; those that cannot be read are taken again."""
         try:
             stored = json.loads(self.scores_path.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):
             return None
         is_whole = self.only_kept or predictions_path(self.folder, self.label).exists()
         return ModelScores(**stored["scores"]) if is_whole and stored["question"] == self.question else None

@@ -41,6 +41,18 @@ def test_scores_that_were_kept_without_a_teacher_are_not_read_as_if_they_had_its
     assert max(evaluation.score_models(loaded, "one", other, tmp_path, console)[0].rows[KL_TO_TEACHER]) < 1e-5
 
 
+def test_scores_that_cannot_be_read_are_taken_again(lab, tmp_path):
+    settings = CompareSettings(models={"student": str(lab.folder / "student")}, baseline="student")
+    loaded = load(str(lab.recipe), ["evaluation.num_prompts=4", "evaluation.max_new_tokens=3"])
+    console = Console(quiet=True)
+    before = evaluation.score_models(loaded, "one", settings, tmp_path, console)
+    scores = tmp_path / "scores" / "student.json"
+    whole = scores.read_text()
+    scores.write_text(whole[: len(whole) // 2])
+    assert evaluation.score_models(loaded, "one", settings, tmp_path, console) == before
+    assert scores.read_text() == whole
+
+
 def test_a_kill_between_answers_and_scores_leaves_no_scores_of_another_question(lab, tmp_path, monkeypatch):
     folders = CompareSettings(models={"student": str(lab.folder / "student")}, baseline="student")
     console, real = Console(quiet=True), scoring.write_json
