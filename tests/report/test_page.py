@@ -39,6 +39,16 @@ def test_every_chart_is_drawn_nothing_complains_nothing_is_fetched_and_nothing_o
     assert sticking_out == []
 
 
+def test_the_page_forbids_its_scripts_to_fetch(opened):
+    """plotly knows addresses of maps and fonts."""
+    forbidden = opened(fresh=True).page.evaluate(
+        "new Promise((done) => {"
+        " document.addEventListener('securitypolicyviolation', (event) => done(event.effectiveDirective));"
+        " fetch('http://127.0.0.1:9/').catch(() => setTimeout(() => done('none'), 2000)); })"
+    )
+    assert forbidden == "connect-src"
+
+
 def test_plotly_itself_finds_no_fault_with_the_charts(report):
     """A chart's description may only have what plotly knows: its own classes check that."""
     charts = data_of(report)["charts"]
