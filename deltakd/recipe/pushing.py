@@ -28,6 +28,8 @@ def push(directory: str, hub_id: str, private: bool) -> str:
     hub = HfApi()
     _try("who you are", lambda: hub.whoami())
     _try(f"making {hub_id}", lambda: hub.create_repo(hub_id, private=private, exist_ok=True))
+    if private and _try(f"looking at {hub_id}", lambda: not hub.model_info(hub_id).private):  # one of before stays so
+        raise RunError(f"--to: {hub_id} is on the hub already, and public. Write --public, or another name.")
     said = f"{run.path.name}, by deltakd"
     send = partial(hub.upload_folder, repo_id=hub_id, folder_path=run.export, commit_message=said)
     where = _try(f"uploading {run.export}", send)

@@ -16,15 +16,19 @@ from deltakd.recipe.card import write_card
 from tests.conftest import chat_rows, write_rows
 
 
+@pytest.fixture(scope="module")
+def run(lab):
+    lab.train("carded")
+    return lab.folder / "runs" / "carded"
+
+
 def read(run):
     card = (run / "export" / "README.md").read_text()
     _, front, body = card.split("---\n", 2)
     return yaml.safe_load(front), body
 
 
-def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(lab, tmp_path, capsys):
-    lab.train("carded")
-    run = lab.folder / "runs" / "carded"
+def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(lab, run, tmp_path, capsys):
     front, body = read(run)
     facts = json.loads((run / "run.json").read_text())
     assert front["library_name"] == "transformers" and "deltakd" in front["tags"] and "model-index" not in front
@@ -47,12 +51,11 @@ def test_a_run_s_card_names_models_rows_settings_and_commit_and_then_its_scores(
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == str(rows) and f", 4 prompts of `{rows}`" in body
 
 
-def test_a_card_that_may_not_be_written_costs_no_table(lab, capsys, monkeypatch):
+def test_a_card_that_may_not_be_written_costs_no_table(lab, run, capsys, monkeypatch):
     def refuse(*given):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(evaluation, "card_scores", refuse)
-    run = lab.folder / "runs" / "carded"
     words = ["evaluate", str(lab.recipe), "--model", str(run), "--teacher", "none", "evaluation.num_prompts=4"]
     assert main(words) == 0
     said = capsys.readouterr()
@@ -60,11 +63,11 @@ def test_a_card_that_may_not_be_written_costs_no_table(lab, capsys, monkeypatch)
     assert "| carded |" in said.out
 
 
-def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
+def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(run, tmp_path):
     made = tmp_path / "run"
     (made / "export").mkdir(parents=True)
     for name in ("recipe.yaml", "run.json"):
-        (made / name).write_text((lab.folder / "runs" / "carded" / name).read_text())
+        (made / name).write_text((run / name).read_text())
     recipe = yaml.safe_load((made / "recipe.yaml").read_text())
     recipe["models"]["teacher"]["weights"] = "Qwen/Qwen2.5-7B"
     (made / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -87,10 +90,9 @@ def test_a_model_of_the_hub_is_linked_and_a_local_one_is_not(lab, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, words, changes, sentence):
-    run = str(lab.folder / "runs" / "carded")
+def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, run, words, changes, sentence):
     given = [f"{name}={value}" for name, value in changes.items()]
-    push = [run if word == "RUN" else word for word in words]
+    push = [str(run) if word == "RUN" else word for word in words]
     command = [sys.executable, "-m", "deltakd", "push", *push]
     done = lab.run("env", "-u", "HF_HUB_OFFLINE", "-u", "HF_TOKEN", *given, *command)
     assert done.returncode == 2 and f"deltakd: {sentence}" in done.stderr and "Traceback" not in done.stderr
@@ -98,15 +100,29 @@ def test_what_cannot_be_pushed_is_said_in_one_sentence(lab, words, changes, sent
 
 @pytest.fixture
 def hub():
-    """A hub that knows everybody and makes nothing; `asked` holds what it was to make."""
+    """A hub that knows everybody, has the models in `known`, public or not, and keeps what it is asked and given."""
 
     class Hub(BaseHTTPRequestHandler):
         def do_GET(self):
-            self._say(200, {"name": "me", "type": "user"})
+            name = self.path.removeprefix("/api/models/")
+            self._say(200, {"name": "me", "type": "user", "id": name, "private": self.server.known.get(name)})
 
         def do_POST(self):
-            self.server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self._say(403, {"error": "not here"})
+            body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                self._say(409 if name in self.server.known else 200, {"url": f"{self.server.at}/{name}"})
+                self.server.known.setdefault(name, asked["visibility"] == "private")
+            elif "/preupload/" in self.path:
+                files = [{**one, "uploadMode": "regular", "shouldIgnore": False} for one in json.loads(body)["files"]]
+                self._say(200, {"files": files})
+            elif "/commit/" in self.path:
+                lines = map(json.loads, body.splitlines())
+                self.server.given = {one["value"]["path"] for one in lines if one["key"] == "file"}
+                self._say(200, {"commitUrl": f"{self.server.at}/me/it/commit/1", "commitOid": "1"})
+            else:  # the front matter of a card is to be looked at
+                self._say(200, {"errors": [], "warnings": []})
 
         def _say(self, code, said):
             self.send_response(code)
@@ -118,17 +134,31 @@ def hub():
             pass
 
     with HTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.asked = []
+        server.at = f"http://127.0.0.1:{server.server_port}"
+        server.known, server.given = {"me/shown": False, "me/hidden": True}, None
         Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
 
 
-@pytest.mark.parametrize("words, visibility", [([], "private"), (["--public"], "public")])
-def test_a_model_is_private_on_the_hub_unless_public_is_typed(lab, hub, words, visibility):
-    given = [f"HF_ENDPOINT=http://127.0.0.1:{hub.server_port}", "HF_TOKEN=hf_none"]
-    command = [sys.executable, "-m", "deltakd", "push", str(lab.folder / "runs" / "carded"), "--to", "me/it", *words]
-    done = lab.run("env", "-u", "HF_HUB_OFFLINE", *given, *command)
-    assert done.returncode == 2 and "deltakd: push: the hub failed at making me/it (" in done.stderr
-    [made] = hub.asked
-    assert (made["organization"], made["name"], made["visibility"]) == ("me", "it", visibility)
+def push(lab, run, hub, *words):
+    given = [f"HF_ENDPOINT={hub.at}", "HF_TOKEN=hf_none"]
+    command = [sys.executable, "-m", "deltakd", "push", str(run), "--to", *words]
+    return lab.run("env", "-u", "HF_HUB_OFFLINE", *given, *command)
+
+
+@pytest.mark.parametrize(
+    "words, private",
+    [(["me/it"], True), (["me/it", "--public"], False), (["me/hidden"], True), (["me/shown", "--public"], False)],
+)
+def test_the_export_and_nothing_else_is_pushed_private_unless_public_is_typed(lab, run, hub, words, private):
+    done = push(lab, run, hub, *words)
+    assert done.returncode == 0 and f"lies in {words[0]}" in done.stdout, done.stderr
+    assert hub.known[words[0]] is private
+    assert hub.given == {path.name for path in (run / "export").iterdir()} and "model.safetensors" in hub.given
+
+
+def test_what_shall_be_private_is_not_put_where_everybody_reads(lab, run, hub):
+    done = push(lab, run, hub, "me/shown")
+    assert done.returncode == 2 and hub.given is None
+    assert "deltakd: --to: me/shown is on the hub already, and public. Write --public, or another name." in done.stderr
