@@ -66,6 +66,7 @@ class Table:
     evaluations: Sequence[str]
     warnings: Sequence[str]
     against: str  # in words: the baseline, or what of it is fixed where rows have one each
+    protocols: Sequence[str] = ()  # of which the answers were drawn
 
     @property
     def num_models(self) -> int:
@@ -161,9 +162,11 @@ def _table(group: Sequence[Evaluation]) -> Table:
             )
     warnings = dict.fromkeys(str(text) for one in group for text in one.facts.get("warnings", []))
     ordered = sorted(metrics, key=_place)
+    names = [one.name for one in group]
     against = str(group[0].facts.get("against", group[0].baseline))
+    protocols = dict.fromkeys(str(one.facts["protocol"]) for one in group if one.facts.get("protocol"))
     return Table(
-        group[0].baseline, list(rows.values()), ordered, num_prompts, [one.name for one in group], [*warnings], against
+        group[0].baseline, list(rows.values()), ordered, num_prompts, names, [*warnings], against, [*protocols]
     )
 
 

@@ -21,7 +21,8 @@ def _markdown(table: Table) -> str:
     for row in table.rows:
         cells = [_cell(row.cells.get(metric), metric) for metric in table.metrics]
         lines.append("| " + " | ".join([row.label.replace("|", "\\|"), *cells]) + " |")
-    prompts = f"{table.num_prompts} held-out prompts. " if table.num_prompts else ""
+    prompts = f"Protocol {', '.join(table.protocols)}. " if table.protocols else ""
+    prompts += f"{table.num_prompts} held-out prompts. " if table.num_prompts else ""
     lines += [
         "",
         f"{prompts}ROUGE: F1 x 100, more is better, as of what is in %. Cross-entropy, KL and `kept`: nats per token, "

@@ -108,7 +108,14 @@ def make_evaluation(folder: Path, labels: list[str], baseline: str, answers: dic
         columns |= {name: [f"{name} {n}" for n in range(3)] for name in ("prompt", "reference")}
         write_predictions(folder, label, columns)
         (folder / "scores" / f"{label}.json").write_text(json.dumps({"question": {}, "scores": {"rows": rows}}))
-    results = {**FACTS, "started": "2026-11-22T11:00:00Z", "seed": 1, "baseline": baseline, "models": models}
+    results = {
+        **FACTS,
+        "started": "2026-11-22T11:00:00Z",
+        "seed": 1,
+        "protocol": "paper",
+        "baseline": baseline,
+        "models": models,
+    }
     (folder / "results.json").write_text(json.dumps({**results, "warnings": []}))
     return folder
 

@@ -29,6 +29,8 @@ def test_the_table_is_written_for_a_readme_and_for_anything_else(tmp_path):
     lines = Path(table).read_text().splitlines()
     assert lines[0] == "| model | ROUGE-L | cross-entropy |"
     assert lines[3] == "| delta | 63.3 **(+10.0 [+9.0, +11.0])** | 0.167 (+0.050 [-0.150, +0.250]) |"
+    assert "\nProtocol paper. 3 held-out prompts. " in Path(table).read_text()
+    assert "Protocol paper. 3 held-out prompts. " in Path(page).read_text()
     rows = list(csv.DictReader(Path(metrics).read_text().splitlines()))
     assert [row["model"] for row in rows] == ["sft", "delta"] and rows[0]["rougeL difference"] == ""
     assert float(rows[1]["rougeL mean"]) == pytest.approx(1.9 / 3) and rows[1]["rougeL difference_low"][:4] == "0.09"
