@@ -24,7 +24,7 @@ from deltakd.base.files import remove
 from deltakd.base.machine import machine_facts
 from deltakd.base.rundir import RunDirectory
 from deltakd.data.examples import ExampleCounts
-from deltakd.recipe.checks import check_every_stage
+from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.finished import is_finished
 from deltakd.recipe.load import Loaded, find_recipe, load
 from deltakd.recipe.paths import check_compared, check_hub, check_paths
@@ -88,8 +88,14 @@ def name_accelerator() -> None:
 def train(
     name: str, overrides: Sequence[str], stage: str | None, num_processes: int | None, resume: bool = False
 ) -> None:
-    """Become the launcher that fits this machine, for the recipe or one of its training stages."""
+    """Become the launcher that fits this machine, for the recipe or one of its training stages.
+
+    What a rank would refuse of the recipe is refused here, before any process starts and prints around it.
+    """
     loaded = load(name, overrides, stage)
+    check_recipe(loaded.recipe, loaded.where)
+    if not is_finished(RunDirectory(Path(loaded.recipe.directory)), loaded.recipe):
+        check_paths(loaded.recipe, loaded.where, name)
     command = [*launch_command(loaded.recipe, name, overrides, stage, num_processes), *(["--resume"] if resume else [])]
     print(" ".join(command), flush=True)
     os.execvpe(command[0], command, launch_environment())

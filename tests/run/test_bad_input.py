@@ -146,6 +146,17 @@ def test_the_launcher_passes_the_sentence_and_the_exit_code_on(lab):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("train.warmup_steps=900", "warm-up leave none"), ("data.train.path=none.jsonl", "none.jsonl")],
+)
+def test_the_verb_train_refuses_a_recipe_before_it_starts_the_launcher(lab, override, said):
+    done = lab.run("python", "-m", "deltakd", "train", str(lab.recipe), "run=bad_verb", override)
+    assert done.returncode == 2 and done.stdout == "" and not (lab.folder / "runs" / "bad_verb").exists()
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("deltakd: command line: ") and said in lines[0]
+
+
 def test_a_rendezvous_port_that_is_taken_is_named(lab):
     with socket.socket() as taken:
         taken.bind(("", 0))
