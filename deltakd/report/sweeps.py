@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltakd.report.evaluations import title
+from deltakd.report.evaluations import SHARES, number, title
 from deltakd.report.find import SWEEP
 
-MOST_METRICS = 6
+MOST_METRICS = 12
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def responses(name: str, folder: Path) -> list[Response]:
         for metric in list(lines[0]["points"][0]["metrics"])[:MOST_METRICS]:
             named = {_at(line["at"], found["short"]): [_point(one, metric) for one in line["points"]] for line in lines}
             setting = found["short"].get(key, key)
-            words = f"{title(metric)} over {setting}, {name}"
+            words = f"{title(metric)} over {setting}" + ("" if name.rpartition("/")[2] == setting else f", {name}")
             made.append(Response(f"{name}: {metric} over {setting}", words, setting, named))
     return made
 
@@ -51,7 +51,9 @@ def _at(others: Mapping[str, Any], short: Mapping[str, str]) -> str:
 def _point(one: Mapping[str, Any], metric: str) -> tuple[float, float, float, float, str]:
     found = one["metrics"][metric]
     seeds, difference = found["by_seed"], found["difference"]
+    factor = 100 if metric in SHARES else 1  # as the tables have it
     words = "the baseline"
     if difference is not None:
-        words = f"{difference['mean']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}] to the baseline"
-    return float(one["value"]), found["mean"], min(seeds), max(seeds), words
+        mean, low, high = (number(difference[part], metric, "+") for part in ("mean", "low", "high"))
+        words = f"{mean} [{low}, {high}] to the baseline"
+    return float(one["value"]), factor * found["mean"], factor * min(seeds), factor * max(seeds), words

@@ -17,9 +17,10 @@ from deltakd.report.gaps import gaps, scored_runs
 from deltakd.report.lines import read_columns
 from deltakd.report.recipes import differences, flat
 from deltakd.report.run import read_run, read_runs
+from deltakd.report.sweeps import responses
 from deltakd.report.thin import bucket_means, thin
 from deltakd.train.step import StepRecord
-from tests.report.made import KNOWN, make_evaluation, make_run
+from tests.report.made import KNOWN, make_evaluation, make_run, make_sweep
 
 
 @pytest.mark.parametrize("num_points", [1, 2, 3, 50, 999, 10_000])
@@ -246,3 +247,12 @@ def test_runs_made_on_the_spot_write_the_lines_that_training_does(lab):
     assert read.validated["step"] == [2, 4, 5] and read.seconds["validation"] > 0
     assert read.facts["seed"] == 17 or isinstance(read.facts["seed"], int)
     assert json.loads((read.path / "finished.json").read_text())["steps"] == 5
+
+
+def test_a_sweeps_curves_have_the_tables_scale_and_a_name_only_where_it_says_more(tmp_path):
+    found = responses("sweeps/alpha", make_sweep(tmp_path / "alpha", "two"))
+    assert [one.title for one in found] == ["ROUGE-L over alpha", "cross-entropy over alpha"]
+    rouge, nats = (one.lines["x=one"] for one in found)
+    assert rouge[0] == (0.0, 50.0, 48.0, 52.0, "the baseline") and nats[0][:4] == (0.0, 0.5, 0.48, 0.52)
+    assert rouge[2][4] == "+10.0 [+9.0, +11.0] to the baseline"
+    assert responses("sweeps/first", tmp_path / "alpha")[0].title == "ROUGE-L over alpha, sweeps/first"
