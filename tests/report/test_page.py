@@ -49,6 +49,14 @@ def test_the_page_forbids_its_scripts_to_fetch(opened):
     assert forbidden == "connect-src"
 
 
+def test_a_page_that_is_printed_has_every_chart_though_nobody_has_scrolled(opened):
+    page = opened().page
+    drawn = "[...document.querySelectorAll('.chart')].filter((one) => one.querySelector('.main-svg')).length"
+    assert page.evaluate(drawn) < page.locator(".chart").count()
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.evaluate(drawn) == page.locator(".chart").count()
+
+
 def test_plotly_itself_finds_no_fault_with_the_charts(report):
     """A chart's description may only have what plotly knows: its own classes check that."""
     charts = data_of(report)["charts"]

@@ -175,6 +175,9 @@ for (const figure of all(".chart")) {
   });
 }
 narrow.addEventListener("change", drawAgain);
+window.addEventListener("beforeprint", () => { // what is printed was not all in sight before
+  for (const figure of all(".chart")) if (!drawn.has(figure)) draw(figure);
+});
 
 // ---- which runs are shown -------------------------------------------------------------------------------------------
 
