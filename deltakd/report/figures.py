@@ -141,7 +141,7 @@ def _chart(plan: Plan, traces: list[dict[str, Any]], prefix: str = "") -> dict[s
         "yaxis": {"title": {"text": plan.unit}},
     }
     if plan.format.endswith("%"):
-        axes["yaxis"]["tickformat"] = ".0%"
+        axes["yaxis"]["tickformat"] = ".2~%"  # whole percents alone would name several ticks alike
     return _described(plan, traces, axes, prefix)
 
 
