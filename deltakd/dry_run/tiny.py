@@ -33,7 +33,8 @@ def write_inputs(run: Run, folder: Path) -> None:
         rows = _as_format(_read(folder / "world" / f"chat_{part}.jsonl"), run.recipe.data.format)
         write_text(folder / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows), lasting=False)
     files = [str(folder / "world" / "raw_train.jsonl"), str(folder / "world" / "chat_train.jsonl")]
-    train_tokenizer(TokenizerSettings(files=files, vocab_size=700), folder / "tokenizer")
+    smallest = min(shape.head_rows for shape in _models(run).values())  # which the tokenizer has to fit
+    train_tokenizer(TokenizerSettings(files=files, vocab_size=min(700, smallest)), folder / "tokenizer")
     for seed, (weights, shape) in enumerate(_models(run).items()):
         is_student = weights == run.recipe.models.student.weights
         heads = STUDENT_HEADS if is_student else max(TEACHER_HEADS, run.recipe.teachers.tensor_parallel)

@@ -7,7 +7,9 @@ import pytest
 
 from deltakd.__main__ import main
 from deltakd.base.rundir import RunDirectory
+from deltakd.data.tokenizer import load_tokenizer
 from deltakd.dry_run import walk
+from deltakd.dry_run.tiny import write_inputs
 from deltakd.dry_run.walk import read_tiny
 from deltakd.plan.facts import read_run
 from deltakd.recipe.load import load, recipe_names
@@ -54,6 +56,13 @@ def test_the_walk_trains_with_teachers_goes_on_from_a_checkpoint_evaluates_and_r
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_book_dry_runs(name, tmp_path, capsys):
     assert main(["run", name, "--dry-run", f"root={tmp_path}"]) == 0, capsys.readouterr().err
+
+
+def test_heads_that_are_smaller_than_the_worlds_tokenizer_have_a_smaller_one(tmp_path):
+    small = [f"root={tmp_path}", *(f"pipeline.{who}_new.model.head_rows=400" for who in ("teacher", "student"))]
+    loaded = load("quickstart", small)
+    write_inputs(read_run("quickstart", small, loaded.recipe, loaded.where, 0.6, None), tmp_path)
+    assert len(load_tokenizer(str(tmp_path / "tokenizer"))) <= 400
 
 
 def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
