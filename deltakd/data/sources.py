@@ -221,7 +221,7 @@ def _first_bad_line(file: Path) -> str | None:
             try:
                 json.load(lines)
             except json.JSONDecodeError as error:
-                return f"{error.lineno}: not JSON ({error.msg} at column {error.colno})"
+                return f"{error.lineno}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
             return None
         lines.seek(0)
         for number, line in enumerate(lines, start=1):
@@ -230,7 +230,7 @@ def _first_bad_line(file: Path) -> str | None:
             try:
                 row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
-                return f"{number}: not JSON ({error.msg} at column {error.colno})"
+                return f"{number}: not JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
             if not isinstance(row, dict):
                 return f"{number}: {type(row).__name__} where an object with columns belongs"
     return None

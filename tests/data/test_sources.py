@@ -60,6 +60,7 @@ def test_a_file_that_changed_is_read_again_even_at_the_same_size(write):
         ("empty.jsonl", b"", "the file is empty"),
         ("empty.json", b"[]", "no rows in it"),
         ("bad.jsonl", b'{"text": "x"}\n\n{"text": \n', ":3: not JSON (Expecting value at column 9)"),
+        ("cut.jsonl", b'{"text": "x"}\n{"text": "y', ":2: not JSON (Unterminated string starting at column 10)"),
         ("scalar.jsonl", b'{"text": "x"}\n5\n', ":2: int where an object with columns belongs"),
         ("list.json", b'[{"text": "x"},\n {"text" "y"}]', ":2: not JSON"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:30], "cannot be read (Compressed file ended"),
