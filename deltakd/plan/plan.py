@@ -146,7 +146,12 @@ def _refusal(run: Run, cluster: Cluster, found: Sequence[Split], where: str) -> 
     change = would_fit(run, cluster)
     hardware = cluster.hardware
     shape = f"{cluster.num_nodes} x {cluster.per_node}x{hardware.name}"
-    todo = f"Write {change.setting}, which fits" if change else "Take larger or more accelerators, or a smaller model"
+    if change:
+        todo = f"Write {change.setting}, which fits"
+    elif least.lacking and least.lacking.startswith("a teacher process"):  # which more of them would not make smaller
+        todo = "Take larger accelerators, smaller models, or frozen ones in 8 bit (docs/adapting.md, section 6)"
+    else:
+        todo = "Take larger or more accelerators, or a smaller model"
     return f"{where}: the run does not fit {shape}: {least.lacking}. {todo}."
 
 

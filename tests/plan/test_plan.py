@@ -82,6 +82,13 @@ def test_teachers_that_are_split_hold_a_part_and_count_as_one():
         plan("ultrachat", ["teachers={per_node: 4, tensor_parallel: 4}"], gpus="8xH100")
 
 
+def test_a_teacher_that_fits_no_accelerator_is_not_answered_with_more_of_them(capsys):
+    assert main(["plan", "pairs/qwen2.5_72b_to_7b", "--gpus", "8xH100", "--nodes", "16"]) == 2
+    said = capsys.readouterr().err
+    assert "a teacher process needs" in said
+    assert "Take larger accelerators, smaller models, or frozen ones in 8 bit" in said
+
+
 def test_what_cannot_fit_is_refused_with_the_number(capsys):
     """And with a change that does fit, where there is one."""
     assert main(["plan", "ultrachat", "--gpus", "2xRTX4090"]) == 2
