@@ -90,10 +90,10 @@ def plan(
 ) -> Plan:
     """Plan a recipe or one of its training stages. Raises RunError with the number if nothing fits."""
     if not 0 < supervised <= 1 or nodes < 1 or (document is not None and document < 1):
-        raise RunError(
-            f"plan: --supervised {supervised:g}, --nodes {nodes}, --document {document or 1}. "
-            "Write a share above 0 and at most 1, and numbers above 0."
+        typed = f"--supervised {supervised:g}, --nodes {nodes}" + (
+            "" if document is None else f", --document {document}"
         )
+        raise RunError(f"plan: {typed}. Write a share above 0 and at most 1, and numbers above 0.")
     loaded = load(name, overrides, stage)
     recipe = loaded.recipe
     check_recipe(recipe, loaded.where)

@@ -224,7 +224,7 @@ def _check_apart(key: str, learnt: SourceSettings, validation: SourceSettings | 
     if end != float("inf"):
         todo = f"Write data.{key}.skip_rows: {end:_}"
     elif learnt_end != float("inf"):
-        todo = f"Write data.validation.skip_rows: {learnt_end:_}"
+        todo = f"Write data.validation.skip_rows: {learnt_end:_}, and of fewer rows a smaller data.{key}.num_rows first"
     else:
         todo = f"Write data.validation.num_rows, and the same number as data.{key}.skip_rows"
     shared_end = min(learnt_end, end)

@@ -34,7 +34,7 @@ def complete(command_line: argparse.ArgumentParser) -> None:
     for action in _actions(command_line):
         if action.dest in completers:
             action.completer = completers[action.dest]  # type: ignore[attr-defined]
-    argcomplete.autocomplete(command_line)
+    argcomplete.autocomplete(command_line, exclude=["shard"])
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -62,7 +62,7 @@ class Accounts:
             todo = "on average they are fast enough: raise teachers.look_ahead"
         else:
             factor = needed / max(1, num_teachers)
-            todo = f"they are short by a factor of {factor:.1f}, {math.ceil(needed)} would do"
+            todo = f"they are short by a factor of {factor:.2f}, {math.ceil(needed)} would do"
         ranks = "rank" if num_teachers == 1 else "ranks"
         return (
             f"references: {self._waited_s / whole:.0%} of the time went into waiting. For each second of the students' "

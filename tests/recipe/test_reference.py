@@ -97,6 +97,7 @@ def test_every_key_can_be_overridden_and_brings_its_few_values():
     "line,expected,absent",
     [
         ("deltakd che", {"check "}, {"run "}),
+        ("deltakd s", {"sweep", "study"}, {"shard"}),
         ("deltakd run ultrachat/g", {"ultrachat/gkd "}, {"ultrachat/lora "}),
         ("deltakd train quickstart --stage s", {"student_raw", "student_new", "sft"}, {"delta"}),
         ("deltakd train quickstart train.ste", {"train.steps="}, {"train.seed="}),

@@ -29,7 +29,7 @@ def test_the_first_wait_is_nobody_s_fault():
     assert accounts(1.0, 5.0, {"teacher": 0.9}, steps=0).shortage(1) is None
 
 
-@pytest.mark.parametrize("students,factor,ranks", [(1, "1.5", 3), (4, "6.0", 12)])
+@pytest.mark.parametrize("students,factor,ranks", [(1, "1.50", 3), (4, "6.00", 12)])
 def test_short_teachers_are_told_by_what_factor_and_how_many_would_do(students, factor, ranks):
     """3 s of forwards a second of work, on 2 ranks: half as many again; four students ask for four times as much."""
     said = accounts(1.0, 0.5, {"teacher": 2.0, "teacher_raw": 1.0}, students=students).shortage(2)
