@@ -44,7 +44,10 @@ def watch(directory: str, once: bool) -> None:
 def view(run: RunDirectory) -> Group:
     """Return what there is to see of a run now."""
     steps, statuses = run.read_lines("steps.jsonl"), _statuses(run)
-    return Group(_progress(run, steps), _teachers(statuses), _queues(statuses, steps, run))
+    progress = _progress(run, steps)
+    if not statuses:  # nobody is asked for references
+        return Group(progress)
+    return Group(progress, _teachers(statuses, run.finished() is not None), _queues(statuses, steps, run))
 
 
 def _statuses(run: RunDirectory) -> dict[str, dict[str, Any]]:
@@ -62,8 +65,8 @@ def _progress(run: RunDirectory, steps: Sequence[Mapping[str, Any]]) -> Text:
     return Text(f"{run.path}: {state}" + (f"  {describe(dict(steps[-1]))}" if steps else ""))
 
 
-def _teachers(statuses: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One line per teacher: what all student ranks say of it, added up."""
+def _teachers(statuses: Mapping[str, Mapping[str, Any]], has_ended: bool) -> Table:
+    """One line per teacher: what all student ranks say of it, added up; the last they said, if the run has ended."""
     table = Table("teacher", "models", "state", "open", "answers", "tokens/s")
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for status in statuses.values():
@@ -74,8 +77,10 @@ def _teachers(statuses: Mapping[str, Mapping[str, Any]]) -> Table:
                 row[name] += teacher[name]
     for (name, _), row in sorted(rows.items()):
         rate = f"{1000 * row['tokens'] / row['busy_ms']:,.0f}" if row["busy_ms"] else ""
-        state = row["state"] if row["over"] == "memory" else f"{row['state']}, over the network"
-        table.add_row(name, ", ".join(row["models"]), state, f"{row['open']:,}", f"{row['answers']:,}", rate)
+        state = "ended" if has_ended else row["state"]
+        state += "" if row["over"] == "memory" else ", over the network"
+        waiting = 0 if has_ended else row["open"]  # what was asked ahead of the last step is never used
+        table.add_row(name, ", ".join(row["models"]), state, f"{waiting:,}", f"{row['answers']:,}", rate)
     return table
 
 

@@ -36,7 +36,8 @@ def test_a_killed_teacher_comes_back_and_the_losses_do_not_change_by_a_bit(lab, 
     assert len(running.teachers(alive=False)) == 3
     assert running.log.read_text().count("starting it again") == 2
     shown = lab.run(sys.executable, "-m", "deltakd", "watch", str(lab.folder / "runs" / "killed"), "--once").stdout
-    assert "finished" in shown and "teacher 0" not in shown.splitlines()[0] and "3 starts of teachers" in shown, shown
+    assert "ended" in shown and "serving" not in shown and "finished" in shown, shown
+    assert "teacher 0" not in shown.splitlines()[0] and "3 starts of teachers" in shown, shown
     refused = lab.run(sys.executable, "-m", "deltakd", "watch", str(lab.folder))
     assert refused.returncode == 2 and "no run has started here" in refused.stderr
 
