@@ -16,6 +16,7 @@ from deltakd.plan.facts import Run
 from deltakd.recipe.load import as_override
 
 ROWS = {"train": 240, "validation": 16}
+CORPUS = "corpus"
 HEAD_DIM, STUDENT_HEADS, TEACHER_HEADS = 16, 2, 4  # a width each, since theirs differ
 MOST_TOKENS = 192  # of an example
 WORLD = {"num_persons": 20, "num_raw": 240, "num_chats": ROWS["train"], "num_validation": ROWS["validation"], "seed": 1}
@@ -30,8 +31,8 @@ def write_inputs(run: Run, folder: Path) -> None:
 
     write_world(folder / "world", **WORLD)
     for part in ROWS:
-        rows = _as_format(_read(folder / "world" / f"chat_{part}.jsonl"), run.recipe.data.format)
-        write_text(folder / f"{part}.jsonl", "".join(json.dumps(row) + "\n" for row in rows), lasting=False)
+        _write_rows(folder, part, f"chat_{part}", run.recipe.data.format)
+    _write_rows(folder, CORPUS, "raw_train", "text")
     files = [str(folder / "world" / "raw_train.jsonl"), str(folder / "world" / "chat_train.jsonl")]
     smallest = min(shape.head_rows for shape in _models(run).values())  # which the tokenizer has to fit
     train_tokenizer(TokenizerSettings(files=files, vocab_size=min(700, smallest)), folder / "tokenizer")
@@ -54,7 +55,7 @@ def overrides(run: Run, folder: Path, steps: int) -> list[str]:
         said[f"data.{part}"] = source | {"path": str(folder / f"{part}.jsonl")}
     if recipe.data.corpus is not None:
         said |= {f"data.corpus.{key}": value for key, value in source.items()}
-        said |= {"data.corpus.path": str(folder / "world" / "raw_train.jsonl"), "data.corpus.tokens_per_step": None}
+        said |= {"data.corpus.path": str(folder / f"{CORPUS}.jsonl"), "data.corpus.tokens_per_step": None}
     said |= {
         "data.max_tokens": MOST_TOKENS,
         "train.steps": steps,
@@ -114,6 +115,11 @@ def _shrunk(shape: Architecture, tokenizer: str, heads: int, parts: int, seed: i
     sizes["num_kv_heads"] = heads if shape.num_kv_heads == shape.num_heads else min(heads, max(heads // 2, parts))
     words = {"tokenizer": tokenizer, "architecture": shape.kind, "tie_embeddings": shape.is_tied}
     return NewModelSettings.model_validate(words | sizes)
+
+
+def _write_rows(folder: Path, name: str, source: str, format: str) -> None:
+    rows = _as_format(_read(folder / "world" / f"{source}.jsonl"), format)
+    write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows), lasting=False)
 
 
 def _read(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from deltakd.dry_run import walk
 from deltakd.dry_run.tiny import write_inputs
 from deltakd.dry_run.walk import read_tiny
 from deltakd.plan.facts import read_run
+from deltakd.recipe.inputs import read_corpus
 from deltakd.recipe.load import load, recipe_names
 
 KEPT = ("objective", "references", "engine")  # what a recipe is about is not made small
@@ -63,6 +64,14 @@ def test_heads_that_are_smaller_than_the_worlds_tokenizer_have_a_smaller_one(tmp
     loaded = load("quickstart", small)
     write_inputs(read_run("quickstart", small, loaded.recipe, loaded.where, 0.6, None), tmp_path)
     assert len(load_tokenizer(str(tmp_path / "tokenizer"))) <= 400
+
+
+def test_plain_text_beside_problems_is_written_as_text(tmp_path):
+    loaded = load("openmath/minillm")
+    run = read_run("openmath/minillm", [], loaded.recipe, loaded.where, 0.6, None)
+    write_inputs(run, tmp_path)
+    tiny = read_tiny(run, tmp_path)
+    assert len(read_corpus(tiny, load_tokenizer(str(tmp_path / "tokenizer")))) > 0
 
 
 def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
