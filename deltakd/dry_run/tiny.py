@@ -17,7 +17,8 @@ from deltakd.recipe.load import as_override
 
 ROWS = {"train": 240, "validation": 16}
 CORPUS = "corpus"
-HEAD_DIM, STUDENT_HEADS, TEACHER_HEADS = 16, 2, 4  # a width each, since theirs differ
+HEAD_DIM, STUDENT_HEADS = 16, 2  # or as many as processes share out: the student is served too, as the raw one
+TIMES = 2  # as many heads has a teacher, since widths differ
 MOST_TOKENS = 192  # of an example
 WORLD = {"num_persons": 20, "num_raw": 240, "num_chats": ROWS["train"], "num_validation": ROWS["validation"], "seed": 1}
 MOST_TEACHERS = 2  # processes of this machine, unless more are needed to serve what is asked
@@ -36,10 +37,11 @@ def write_inputs(run: Run, folder: Path) -> None:
     files = [str(folder / "world" / "raw_train.jsonl"), str(folder / "world" / "chat_train.jsonl")]
     smallest = min(shape.head_rows for shape in _models(run).values())  # which the tokenizer has to fit
     train_tokenizer(TokenizerSettings(files=files, vocab_size=min(700, smallest)), folder / "tokenizer")
+    parts = run.recipe.teachers.tensor_parallel
     for seed, (weights, shape) in enumerate(_models(run).items()):
         is_student = weights == run.recipe.models.student.weights
-        heads = STUDENT_HEADS if is_student else max(TEACHER_HEADS, run.recipe.teachers.tensor_parallel)
-        settings = _shrunk(shape, str(folder / "tokenizer"), heads, run.recipe.teachers.tensor_parallel, seed)
+        heads = max(STUDENT_HEADS, parts) * (1 if is_student else TIMES)
+        settings = _shrunk(shape, str(folder / "tokenizer"), heads, parts, seed)
         write_new_model(settings, Path(_place(run, folder, weights)))
 
 

@@ -74,6 +74,14 @@ def test_plain_text_beside_problems_is_written_as_text(tmp_path):
     assert len(read_corpus(tiny, load_tokenizer(str(tmp_path / "tokenizer")))) > 0
 
 
+def test_as_many_processes_as_split_a_teacher_can_split_the_tiny_ones_and_the_student_among_them(tmp_path):
+    loaded = load("pairs/qwen2.5_72b_to_7b")
+    write_inputs(read_run("pairs/qwen2.5_72b_to_7b", [], loaded.recipe, loaded.where, 0.6, None), tmp_path)
+    made = [json.loads(path.read_text()) for path in tmp_path.glob("model*/config.json")]
+    assert len(made) == 3 and len({one["hidden_size"] for one in made}) == 2
+    assert not any(one[f"num_{kind}_heads"] % 4 for one in made for kind in ("attention", "key_value"))
+
+
 def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
     assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}", "train.step=1"]) == 2
     assert "train.step: unknown key" in capsys.readouterr().err and not any(tmp_path.iterdir())
