@@ -34,7 +34,7 @@ def responses(name: str, folder: Path) -> list[Response]:
         for metric in list(lines[0]["points"][0]["metrics"])[:MOST_METRICS]:
             named = {_at(line["at"], found["short"]): [_point(one, metric) for one in line["points"]] for line in lines}
             setting = found["short"].get(key, key)
-            words = f"{title(metric)} over {setting}" + ("" if name.rpartition("/")[2] == setting else f", {name}")
+            words = f"{title(metric)} over {setting}" + ("" if name.removeprefix("sweeps/") == setting else f", {name}")
             made.append(Response(f"{name}: {metric} over {setting}", words, setting, named))
     return made
 

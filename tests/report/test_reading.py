@@ -255,4 +255,5 @@ def test_a_sweeps_curves_have_the_tables_scale_and_a_name_only_where_it_says_mor
     rouge, nats = (one.lines["x=one"] for one in found)
     assert rouge[0] == (0.0, 50.0, 48.0, 52.0, "the baseline") and nats[0][:4] == (0.0, 0.5, 0.48, 0.52)
     assert rouge[2][4] == "+10.0 [+9.0, +11.0] to the baseline"
-    assert responses("sweeps/first", tmp_path / "alpha")[0].title == "ROUGE-L over alpha, sweeps/first"
+    for name in ("sweeps/first", "one/sweeps/alpha"):
+        assert responses(name, tmp_path / "alpha")[0].title == f"ROUGE-L over alpha, {name}"

@@ -226,7 +226,7 @@ def test_a_study_answers_every_question_tells_of_those_that_failed_and_goes_on(l
     for name in ("sft", "delta"):
         trained = load(str(tmp_path / f"made/one/methods/{name}_seed1/recipe.yaml")).recipe.train.learning_rate
         assert trained == float(min(tried[name], key=tried[name].__getitem__))
-    assert "over alpha, sweeps/alpha" in (tmp_path / "made/report.html").read_text()
+    assert "cross-entropy over alpha" in (tmp_path / "made/report.html").read_text()
 
     monkeypatch.setattr(pipeline.sys, "executable", "/bin/false")  # nothing can be started now
     assert main([*words, "--only=alpha,methods"]) == 0
