@@ -197,7 +197,7 @@ def _score(one: Comparison, runs: Sequence[Run], console: Console) -> tuple[dict
     roles = {TEACHER: recipe.models.roles[TEACHER].weights, RAW: recipe.models.student.weights}
     weights = roles | {run.label: str(_directory_of(run).export) for run in runs}
     settings = CompareSettings(models=weights, baseline=RAW, teacher=TEACHER)
-    scored = score_models(loaded, SCORES, settings, base.root / one.within / SCORES, console)
+    scored = score_models(loaded, SCORES, settings, base.root / one.within / SCORES, console, on_cards=True)
     scores = {one.label: one for one in scored}
     methods: dict[str, list[Measured]] = {}
     for run in runs:

@@ -175,7 +175,13 @@ def _legend(comparison: Comparison, metrics: Sequence[str]) -> str:
 
 def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: Path) -> None:
     """Write results.json and table.md; `facts` name the protocol."""
-    result = {
+    write_json(folder / "results.json", results_of(comparison, facts))
+    write_text(folder / "table.md", f"{markdown_table(comparison)}\nProtocol: {facts['protocol']}.\n")
+
+
+def results_of(comparison: Comparison, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what results.json holds."""
+    return {
         **facts,
         "baseline": comparison.baseline,
         "teacher": comparison.teacher,
@@ -183,8 +189,6 @@ def write_comparison(comparison: Comparison, facts: Mapping[str, Any], folder: P
         "models": {model.label: _result(comparison, model) for model in comparison.models},
         "warnings": list(comparison.warnings),
     }
-    write_json(folder / "results.json", result)
-    write_text(folder / "table.md", f"{markdown_table(comparison)}\nProtocol: {facts['protocol']}.\n")
 
 
 def _result(comparison: Comparison, model: ModelScores) -> dict[str, Any]:

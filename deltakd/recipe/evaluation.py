@@ -4,11 +4,11 @@ A model whose scores lie there already, for the same weights, rows, teacher and 
 and the verb `evaluate` (evaluating.py) go the same way.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -17,7 +17,7 @@ from deltakd.base.errors import RecipeError, RunError
 from deltakd.base.machine import machine_facts
 from deltakd.base.rundir import FINISHED, MODELS, RunDirectory
 from deltakd.engine.protocol import device_name
-from deltakd.evaluate.compare import ModelScores, compare, write_comparison
+from deltakd.evaluate.compare import Comparison, ModelScores, compare, results_of, write_comparison
 from deltakd.evaluate.protocols import PROTOCOLS, Protocol
 from deltakd.evaluate.settings import CompareSettings
 from deltakd.losses.objectives import objective
@@ -102,9 +102,13 @@ class Plan:
         )
 
     @property
-    def num_prompts(self) -> int:
-        """Return how many prompts every model answers."""
-        return len(self._held_out.rows)
+    def facts(self) -> dict[str, Any]:
+        """Return what was asked, of whom and where, for records."""
+        recipe = self.loaded.recipe
+        assert recipe.data.validation is not None  # whose rows were asked
+        facts = {**machine_facts(), "seed": recipe.seed, "rows": recipe.data.validation.path}
+        asked = {"asked": self.protocol.facts(), "num_prompts": len(self._held_out.rows)}
+        return facts | {"protocol": self.protocol.name} | asked
 
     @cached_property
     def _shelf(self) -> Shelf:
@@ -174,13 +178,17 @@ def evaluate(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path
 
 
 def score_models(
-    loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console
+    loaded: Loaded, stage: str, settings: CompareSettings, folder: Path, console: Console, on_cards: bool = False
 ) -> list[ModelScores]:
     """Return the scores of every model of the comparison, row by row; what lies in `folder` is not taken again.
 
-    Where the comparison names a teacher, `kl_to_teacher` is among them.
+    Where the comparison names a teacher, `kl_to_teacher` is among them. They are said `on_cards` of runs, if asked for.
     """
-    return _score(_plan(loaded, stage, settings, folder).asked, console)
+    plan = _plan(loaded, stage, settings, folder)
+    scores = _score(plan.asked, console)
+    if on_cards:
+        _write_cards(plan, results_of(_compare(plan, scores, None), plan.facts), console)
+    return scores
 
 
 def _plan(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path) -> Plan:
@@ -189,29 +197,22 @@ def _plan(loaded: Loaded, stage: str, settings: CompareSettings, folder: Path) -
 
 def finish(plan: Plan, console: Console) -> None:
     """Take what is missing of a plan's scores and write its results; `console` hears of warnings."""
-    recipe, settings = plan.loaded.recipe, plan.settings
     by_label = dict(zip([id(one) for one in plan.questions], _score(plan.questions, console), strict=True))
     before = None if plan.before is None else by_label[id(plan.before)]
-    result = compare(
-        [by_label[id(one)] for one in plan.asked],
-        settings.baseline,
-        settings.teacher,
-        recipe.evaluation.num_resamples,
-        recipe.evaluation.seed,
-        before,
-    )
-    assert recipe.data.validation is not None  # whose rows were asked
-    facts = {**machine_facts(), "seed": recipe.seed, "rows": recipe.data.validation.path}
-    facts |= {"protocol": plan.protocol.name, "asked": plan.protocol.facts(), "num_prompts": plan.num_prompts}
+    result, facts = _compare(plan, [by_label[id(one)] for one in plan.asked], before), plan.facts
     write_comparison(result, facts, plan.folder)
-    _write_cards(plan, console)
+    _write_cards(plan, results_of(result, facts), console)
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
 
 
-def _write_cards(plan: Plan, console: Console) -> None:
+def _compare(plan: Plan, scores: Sequence[ModelScores], before: ModelScores | None) -> Comparison:
+    settings, evaluation = plan.settings, plan.loaded.recipe.evaluation
+    return compare(scores, settings.baseline, settings.teacher, evaluation.num_resamples, evaluation.seed, before)
+
+
+def _write_cards(plan: Plan, results: Mapping[str, Any], console: Console) -> None:
     """Say on the card of every run's export among the models how it has scored, where it may be written."""
-    results = json.loads((plan.folder / "results.json").read_text())
     for label, weights in plan.models.items():
         run = RunDirectory(weights.path.parent)
         if weights.path.resolve() == run.export.resolve() and (run.path / FINISHED).exists():

@@ -127,7 +127,8 @@ def _score(grid: Grid, labels: Sequence[str], console: Console) -> tuple[dict[st
     runs = {point.label: RunDirectory(Path(point.loaded.recipe.directory)) for point in grid.points}
     weights |= {label: str(runs[label].export) for label in labels}
     settings = CompareSettings(models=weights, baseline=RAW, teacher=TEACHER if TEACHER in weights else None)
-    scored = {one.label: one for one in score_models(loaded, f"sweep {grid.name}", settings, grid.folder, console)}
+    taken = score_models(loaded, f"sweep {grid.name}", settings, grid.folder, console, on_cards=True)
+    scored = {one.label: one for one in taken}
     return {label: scored[label] for label in labels}, [scored[role] for role in weights if role not in runs]
 
 

@@ -142,6 +142,7 @@ def test_every_point_is_scored_and_nothing_is_done_twice(swept, capsys, monkeypa
         assert Path(point["run"], "finished.json").exists()
         mean = sum(row["cross_entropy"] for row in answers) / 3
         assert point["metrics"]["cross_entropy"] == pytest.approx(mean)
+        assert f"| cross_entropy | {mean:.4f} |" in Path(point["run"], "export", "README.md").read_text()
     (curve_of_alpha,) = found["curves"]["objective.target.alpha"]
     by_seed = [point["metrics"]["kl_to_teacher"]["by_seed"] for point in curve_of_alpha["points"]]
     expected = sum(b - a for a, b in zip(*by_seed, strict=True)) / 2
