@@ -17,7 +17,9 @@ from deltakd.base.errors import RunError
 
 OURS = Path(__file__).with_name("hardware.yaml")
 GIB, GB, TERA = 2**30, 1e9, 1e12
-_GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(\w[\w.-]*)")
+_GPUS = re.compile(r"(?:(\d+)\s*x\s*)?(\S.*)")
+_MOST_GPUS = 1024  # of a node, whose splits are all tried
+_LARGEST = 1e12  # beyond any number of a data sheet
 # As words of nvidia-smi's begin: a GH200 is no H200. The first that fits.
 _WORDS = {"H200": "H200", "H100": "H100", "A100.*80": "A100-80", "A100": "A100-40", "L40S": "L40S", "4090": "RTX4090"}
 # Times are quotients of the others.
@@ -83,11 +85,13 @@ def _hardware(name: str, entry: Mapping[str, Any]) -> Hardware:
     numbers = {field.name for field in fields(Hardware)} - {"name", "is_cpu"}
     given = {key: value for key, value in entry.items() if key != "sources"}
     wrong = sorted(numbers - set(given)) or sorted(set(given) - numbers - {"is_cpu"})
-    if wrong or not all(isinstance(given[key], int | float) and given[key] >= 0 for key in numbers):
+    if wrong or not all(_is_number(given[key]) for key in numbers) or type(given.get("is_cpu", True)) is not bool:
         what = f"{wrong[0]} is {'missing' if wrong[0] in numbers else 'not known'}" if wrong else "a value is no number"
         raise RunError(f"--hardware: {name}: {what}. Write what deltakd/plan/hardware.yaml has.")
     if zero := sorted(key for key in numbers - _MAY_BE_ZERO if not given[key]):
         raise RunError(f"--hardware: {name}: {zero[0]} is 0, and times are quotients of it. Write an estimate.")
+    if large := next((key for key in ("reserve", "bf16_share", "fp32_share") if given[key] > 1), None):
+        raise RunError(f"--hardware: {name}: {large} is {given[large]:g}, and a share. Write a number of at most 1.")
     hardware = Hardware(name=name, **given)
     if not hardware.memory_gib:
         import psutil
@@ -97,6 +101,10 @@ def _hardware(name: str, entry: Mapping[str, Any]) -> Hardware:
     return hardware
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LARGEST
+
+
 def choose_hardware(gpus: str | None, file: str | None) -> tuple[Hardware, int]:
     """Return what `--gpus 8xH100` names and how many of it a node has; None: this machine's."""
     known = read_hardware(file)
@@ -104,6 +112,8 @@ def choose_hardware(gpus: str | None, file: str | None) -> tuple[Hardware, int]:
     names = {name.lower(): name for name in known}
     if match is None or match[2].lower() not in names or int(match[1] or 1) < 1:
         raise RunError(f"--gpus: {gpus} is not known. Write a number of one of {', '.join(known)}, as 8xH100.")
+    if int(match[1] or 1) > _MOST_GPUS:
+        raise RunError(f"--gpus: {gpus}: no node has so many. Write a node's, at most {_MOST_GPUS}, and --nodes.")
     hardware = known[names[match[2].lower()]]
     return hardware, int(match[1] or 1)
 

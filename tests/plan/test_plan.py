@@ -106,6 +106,7 @@ def test_what_cannot_fit_is_refused_with_the_number(capsys):
         (["--gpus", "8xB7000"], "--gpus: 8xB7000 is not known"),
         (["--gpus", "0xH100"], "--gpus: 0xH100 is not known"),
         (["--gpus", "00xH100", "--stage", "sft"], "--gpus: 00xH100 is not known"),
+        (["--gpus", "99999999xH100"], "--gpus: 99999999xH100: no node has so many"),
         (["--gpus", "H100", "--nodes", "0"], "--nodes 0"),
         (["--gpus", "H100", "--supervised", "1.5"], "--supervised 1.5"),
         (["--gpus", "H100", "--hardware", "nowhere.yaml"], "nowhere.yaml cannot be read"),
@@ -137,6 +138,13 @@ def test_a_file_of_hardware_wins_and_must_be_whole(tmp_path):
     (tmp_path / "alone.yaml").write_text(text.replace("network_gbs: 400", "network_gbs: 0"))
     with pytest.raises(RunError, match="H100: network_gbs is 0"):
         read_hardware(str(tmp_path / "alone.yaml"))
+    (tmp_path / "named.yaml").write_text(text.replace("H100:", "H100 x/2:"))
+    assert choose_hardware("8xH100 x/2", str(tmp_path / "named.yaml"))[0].name == "H100 x/2"
+    wrong = {"1e400": "no number", ".inf": "no number", ".nan": "no number", "true": "no number", "-1": "no number"}
+    for value, words in (wrong | {f"1{400 * '0'}": "no number", "1.5": "reserve is 1.5, and a share"}).items():
+        (tmp_path / "wrong.yaml").write_text(text.replace("reserve: 0.06", f"reserve: {value}"))
+        with pytest.raises(RunError, match=words):
+            read_hardware(str(tmp_path / "wrong.yaml"))
     (tmp_path / "part.yaml").write_text("mine: {memory_gib: 10}")
     with pytest.raises(RunError, match="is missing"):
         read_hardware(str(tmp_path / "part.yaml"))
