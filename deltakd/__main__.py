@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from deltakd.base.errors import DeltaKDError, PeerLost
+from deltakd.base.errors import DeltaKDError, PeerLost, RunError
 from deltakd.base.processes import end_with_launchers
 from deltakd.base.supervisor import PULSE
 from deltakd.bench.command import run_bench
@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         complete(command_line)
     options = parse(command_line, arguments)
-    return guarded(lambda: _dispatch(options))
+
+    def live() -> None:
+        _refuse_no_processes(options)
+        _dispatch(options)
+
+    return guarded(live)
 
 
 def _dispatch(options: argparse.Namespace) -> None:
@@ -96,6 +101,12 @@ def _dispatch(options: argparse.Namespace) -> None:
             pipeline.run(options.recipe, options.overrides, options.processes, options.stage)
         else:
             pipeline.train(options.recipe, options.overrides, options.stage, options.processes, options.resume)
+
+
+def _refuse_no_processes(options: argparse.Namespace) -> None:
+    processes = getattr(options, "processes", None)
+    if processes is not None and processes < 1:
+        raise RunError(f"--processes: {processes}. Write 1 or more.")
 
 
 def _dispatch_for_models(options: argparse.Namespace) -> None:

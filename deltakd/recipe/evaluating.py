@@ -78,8 +78,6 @@ def _folder(recipe: Recipe, request: Request) -> Path:
     name = request.name or request.protocol
     if not LABEL.fullmatch(name) or name in (".", ".."):
         raise RunError(f"--name: {name!r} is no folder's name. Write one of letters, digits, '.', '_' and '-'.")
-    if request.num_processes < 1:
-        raise RunError(f"--processes: {request.num_processes}. Write 1 or more.")
     return Path(recipe.root) / "evaluations" / name
 
 

@@ -307,3 +307,9 @@ def test_a_table_s_model_that_no_stage_makes_is_missed_before_the_first_stage(la
 def test_a_recipe_s_own_run_may_have_a_name_beside_its_stages(lab, capsys):
     assert main(["check", str(lab.recipe), "run=mine", "pipeline=[{name: kd, train: {}}]"]) == 0
     assert "run: mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", [["run"], ["run", "--dry-run"], ["train"], ["generate"]])
+def test_no_processes_are_refused_by_every_verb_that_starts_some(verb, capsys):
+    assert main([*verb, "case", "--processes", "0"]) == 2
+    assert "--processes: 0. Write 1 or more." in capsys.readouterr().err
