@@ -18,9 +18,10 @@ from deltakd.base.files import remove, write_text
 from deltakd.base.rundir import RunDirectory
 from deltakd.dry_run.tiny import num_ranks, overrides, write_inputs
 from deltakd.plan.facts import Run, read_run
+from deltakd.plan.plan import refuse_unsplittable
 from deltakd.recipe.checks import check_every_stage, check_recipe
 from deltakd.recipe.load import dump_recipe, load
-from deltakd.recipe.pipeline import launch_environment, name_accelerator
+from deltakd.recipe.pipeline import ended_as_interrupted, launch_environment, name_accelerator
 from deltakd.recipe.schema import Recipe
 
 FOLDER, TINY, RUN = "dry_run", "recipe.yaml", "train"
@@ -44,10 +45,11 @@ def dry_run(name: str, typed: Sequence[str], stage: str | None, num_processes: i
     loaded = load(name, typed, stage)
     check_recipe(loaded.recipe, loaded.where)
     run = read_run(name, typed, loaded.recipe, loaded.where, 0.6, None)
+    refuse_unsplittable(run, loaded.where("teachers.tensor_parallel"))  # the tiny ones would split
     folder = Path(loaded.recipe.root) / FOLDER
     console, began = Console(stderr=True), time.monotonic()
     name_accelerator()
-    with RunDirectory(folder.with_name(f".{FOLDER}")).claim():
+    with RunDirectory(folder.with_name(f".{FOLDER}")).claim(), ended_as_interrupted():
         with RunDirectory(folder / RUN).claim(
             LEAVE_S
         ):  # processes of a walk that was killed may still keep their state

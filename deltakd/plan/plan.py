@@ -99,7 +99,7 @@ def plan(
     check_recipe(recipe, loaded.where)
     hardware, count = choose_hardware(gpus, hardware_file)
     run = read_run(name, overrides, recipe, loaded.where, supervised, document)
-    _refuse_unsplittable(run, loaded.where("teachers.tensor_parallel"))
+    refuse_unsplittable(run, loaded.where("teachers.tensor_parallel"))
     cluster = Cluster(hardware, count, nodes)
     found = splits(run, cluster)
     if not found:
@@ -120,7 +120,7 @@ def plan(
     )
 
 
-def _refuse_unsplittable(run: Run, where: str) -> None:
+def refuse_unsplittable(run: Run, where: str) -> None:
     """Raise RunError where the run itself would: heads that do not split over so many processes."""
     shards = run.recipe.teachers.tensor_parallel if run.asks_service else 1
     for one in run.frozen.values():

@@ -49,7 +49,7 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
     root = Path(base.recipe.root)
     claim = RunDirectory(root / ".stages" / only if only else root)  # jobs of one chain run beside each other
     check_compared(base.recipe, base.where, name, only)
-    with claim.claim(), _ended_as_interrupted():
+    with claim.claim(), ended_as_interrupted():
         for stage in stages:
             if stage.train is not None:
                 _train_stage(name, overrides, stage.name, num_processes, console)
@@ -65,7 +65,7 @@ def run(name: str, overrides: Sequence[str], num_processes: int | None, only: st
 
 
 @contextmanager
-def _ended_as_interrupted() -> Iterator[None]:
+def ended_as_interrupted() -> Iterator[None]:
     """Have SIGTERM end this process as Ctrl-C does: with a stage's training asked to keep its state, and its word."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,8 +1,11 @@
 """A dry run: every recipe can be made small, and the walk goes through the processes that a run has."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from deltakd.__main__ import main
@@ -14,6 +17,7 @@ from deltakd.dry_run.walk import read_tiny
 from deltakd.plan.facts import read_run
 from deltakd.recipe.inputs import read_corpus
 from deltakd.recipe.load import load, recipe_names
+from tests.run.running import wait_until
 
 KEPT = ("objective", "references", "engine")  # what a recipe is about is not made small
 
@@ -85,6 +89,10 @@ def test_as_many_processes_as_split_a_teacher_can_split_the_tiny_ones_and_the_st
 def test_what_is_wrong_with_a_recipe_is_said_before_anything_is_made(tmp_path, capsys):
     assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}", "train.step=1"]) == 2
     assert "train.step: unknown key" in capsys.readouterr().err and not any(tmp_path.iterdir())
+    split = "teachers={tensor_parallel: 4, per_node: 4}"  # which the tiny models would bear
+    assert main(["run", "ultrachat", "--dry-run", f"root={tmp_path}", split]) == 2
+    said = "2 key-value heads of Qwen/Qwen2.5-1.5B do not split over 4 processes"
+    assert said in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_walk_leaves_the_processes_of_one_that_was_killed_the_time_to_end(tmp_path, capsys, monkeypatch):
@@ -94,3 +102,14 @@ def test_a_walk_leaves_the_processes_of_one_that_was_killed_the_time_to_end(tmp_
         assert main(words) == 2
         assert f"{tmp_path}/dry_run/train: in use by a live run" in capsys.readouterr().err
     assert (tmp_path / "dry_run" / "train").exists()
+
+
+def test_a_walk_that_is_told_to_end_ends_its_command_first(tmp_path):
+    words = ["run", "quickstart", "--dry-run", f"root={tmp_path}", "engine={name: single}"]
+    walking = subprocess.Popen([sys.executable, "-m", "deltakd", *words], stderr=subprocess.DEVNULL)
+    wait_until((tmp_path / "dry_run" / "first.log").exists, "its first command")
+    wait_until(lambda: psutil.Process(walking.pid).children(), "its process")
+    begun = psutil.Process(walking.pid).children(recursive=True)
+    walking.terminate()
+    assert walking.wait(60) == 130
+    assert not [one for one in begun if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
