@@ -70,6 +70,8 @@ def overrides(run: Run, folder: Path, steps: int) -> list[str]:
     if recipe.validation.every_steps is not None:
         said |= {"validation.every_steps": 2, "validation.num_rows": 4, "validation.num_prompts": 2}
         said |= {"validation.max_new_tokens": 8}
+    if recipe.records.profile is not None:
+        said["records.profile"] = {"first_step": 1, "last_step": 1}
     said |= {"records.wandb_project": None, "teachers.per_node": _num_teachers(run), "teachers.network": False}
     said |= {f"evaluation.kept.{name}": None for name in recipe.evaluation.kept}
     return [as_override(key, value) for key, value in said.items()]

@@ -57,6 +57,13 @@ def test_the_walk_trains_with_teachers_goes_on_from_a_checkpoint_evaluates_and_r
     assert "ROUGE" in (tmp_path / "dry_run" / "report.html").read_text()
 
 
+def test_a_profile_of_later_steps_is_taken_of_the_first(tmp_path):
+    typed = ["records.profile={first_step: 10, last_step: 12}"]
+    loaded = load("quickstart", typed)
+    tiny = read_tiny(read_run("quickstart", typed, loaded.recipe, loaded.where, 0.6, None), tmp_path)
+    assert tiny.records.profile is not None and tiny.records.profile.last_step == 1
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_book_dry_runs(name, tmp_path, capsys):
