@@ -94,6 +94,8 @@ def _changes(run: Run, cluster: Cluster) -> Iterator[tuple[str, Run, str]]:
 def _other_teachers(run: Run, cluster: Cluster) -> Iterator[tuple[str, Run, str]]:
     """Yield other ways to lay frozen models over a node's teachers, where there are several accelerators."""
     teachers, names = run.recipe.teachers, sorted(run.frozen)
+    if run.recipe.engine.name == "single":  # all parts of its teacher are on its own device
+        return
     for shards in (1, 2, 4, 8) if cluster.per_node > 1 else ():
         if shards != teachers.tensor_parallel and _splittable(run, shards):
             yield f"teachers.tensor_parallel={shards}", _changed(run, teachers={"tensor_parallel": shards}), ""

@@ -150,6 +150,8 @@ def _refusal(run: Run, cluster: Cluster, found: Sequence[Split], where: str) -> 
         todo = f"Write {change.setting}, which fits"
     elif least.lacking and least.lacking.startswith("a teacher process"):  # which more of them would not make smaller
         todo = "Take larger accelerators, smaller models, or frozen ones in 8 bit (docs/adapting.md, section 6)"
+    elif run.recipe.engine.name == "single":  # which takes one of them
+        todo = "Take a larger accelerator, another engine, or a smaller model"
     else:
         todo = "Take larger or more accelerators, or a smaller model"
     return f"{where}: the run does not fit {shape}: {least.lacking}. {todo}."

@@ -94,6 +94,8 @@ def _split(run: Run, cluster: Cluster, students: int, teachers: int) -> Split:
         name = "teacher" if len(roles) == 1 else f"teacher {index}"
         memory[name] = teacher_memory(run, needed, num_students, hardware) if needed else Memory({}, {})
     host = students * memory["student"].on_host
+    # Processes of a teacher of each kind: beside a student all parts of it, on the student's own device.
+    parts = run.recipe.teachers.tensor_parallel if is_beside else max(1, teachers) // max(1, len(memory) - 1)
     return Split(
         students,
         teachers,
@@ -106,7 +108,7 @@ def _split(run: Run, cluster: Cluster, students: int, teachers: int) -> Split:
         together + update + writing,
         memory,
         host,
-        _lacking(cluster, students, teachers, is_beside, memory, host),
+        _lacking(cluster, students, parts, is_beside, memory, host),
         done.hbm_bytes / (hardware.hbm_gbs * GB) > done.student_flops / hardware.flops(run.recipe.models.dtype),
     )
 
@@ -150,18 +152,17 @@ def _answers_s(run: Run, done: Work, cluster: Cluster, students: int, teachers: 
 
 
 def _lacking(
-    cluster: Cluster, students: int, teachers: int, is_beside: bool, memory: dict[str, Memory], host: float
+    cluster: Cluster, students: int, parts: int, is_beside: bool, memory: dict[str, Memory], host: float
 ) -> str | None:
     """Say which process does not fit, with the numbers; None if all do."""
     hardware = cluster.hardware
-    served = [part for name, part in memory.items() if name != "student"]
+    serving = parts * sum(part.on_device for name, part in memory.items() if name != "student")
     if hardware.is_cpu:  # all processes and what lies in host memory share it
-        each = max(1, teachers) // max(1, len(served))  # processes of a teacher; of every kind there are as many
-        whole = students * memory["student"].on_device + host + each * sum(part.on_device for part in served)
+        whole = students * memory["student"].on_device + host + serving
         return _short("the whole node", whole, hardware.usable_bytes, hardware)
     held = {name: part.on_device for name, part in memory.items()}
     if is_beside:
-        held = {"the process with its teacher beside it": sum(held.values()) - hardware.context_gib * GIB}
+        held = {"the process with its teacher beside it": held["student"] + serving}
     for name, size in held.items():
         label = name if is_beside else f"a {name} process"
         if lacking := _short(label, size, hardware.usable_bytes, hardware):

@@ -89,6 +89,15 @@ def test_a_teacher_that_fits_no_accelerator_is_not_answered_with_more_of_them(ca
     assert "Take larger accelerators, smaller models, or frozen ones in 8 bit" in said
 
 
+def test_parts_of_a_teacher_beside_its_student_share_the_students_device():
+    """So a split saves nothing there, and is not proposed."""
+    said = r"teacher beside it needs \d+\.\d GiB, L40S has 41\.8 to give\. Take a larger accelerator, another engine"
+    for shards in (1, 2):
+        split = f"teachers={{tensor_parallel: {shards}, per_node: {shards}}}"
+        with pytest.raises(RunError, match=said):
+            plan("ultrachat/lora", ["engine={name: single}", split], gpus="4xL40S")
+
+
 def test_what_cannot_fit_is_refused_with_the_number(capsys):
     """And with a change that does fit, where there is one."""
     assert main(["plan", "ultrachat", "--gpus", "2xRTX4090"]) == 2
