@@ -6,9 +6,8 @@ import shutil
 import subprocess
 import urllib.error
 import urllib.request
-from pathlib import Path
 
-from deltakd.doctor.lines import Asked, Line, error, hub_folder, ok, warning
+from deltakd.doctor.lines import Asked, Line, error, home, hub_folder, ok, warning
 
 REACH_S = 3.0
 SLURM = ("sbatch", "srun", "squeue", "scontrol")
@@ -52,7 +51,7 @@ def _token() -> tuple[str | None, str]:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         if os.environ.get(name):
             return os.environ[name].strip(), name
-    file = Path(os.environ.get("HF_TOKEN_PATH") or hub_folder() / "token").expanduser()
+    file = home(os.environ.get("HF_TOKEN_PATH") or hub_folder() / "token")
     try:
         return file.read_text().strip() or None, str(file)
     except (OSError, UnicodeDecodeError):

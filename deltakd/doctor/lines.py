@@ -61,7 +61,15 @@ def error(subject: str, text: str, todo: str, **facts: object) -> Line:
 def hub_folder() -> Path:
     """Return where the hub's library keeps its token and its caches."""
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.environ.get("HF_HOME") or f"{cache}/huggingface").expanduser()
+    return home(os.environ.get("HF_HOME") or f"{cache}/huggingface")
+
+
+def home(path: str | Path) -> Path:
+    """Return a path with its ~ resolved, and as it is where nobody has that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def size(num_bytes: float) -> str:

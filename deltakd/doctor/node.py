@@ -10,7 +10,7 @@ import psutil
 
 from deltakd.base.scratch import leftovers
 from deltakd.doctor.gpus import nvidia_devices
-from deltakd.doctor.lines import Asked, Line, error, hub_folder, ok, size, warning
+from deltakd.doctor.lines import Asked, Line, error, home, hub_folder, ok, size, warning
 
 NO_SLOTS = 64 * 2**20  # what a container gets by default: not a payload of an ordinary run
 FEW_SLOTS = 4 * 2**30  # Qwen2.5 7B -> 1.5B: 48 slots of 56 MiB on a node with four students
@@ -125,11 +125,10 @@ def _listener(port: int) -> str | None:
 
 def disks(asked: Asked) -> list[Line]:
     """Look for room where runs and caches are written."""
-    home = hub_folder()
     folders = {
         "runs": asked.runs,
-        "hub cache": Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser(),
-        "rows' cache": Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets").expanduser(),
+        "hub cache": home(os.environ.get("HF_HUB_CACHE") or hub_folder() / "hub"),
+        "rows' cache": home(os.environ.get("HF_DATASETS_CACHE") or hub_folder() / "datasets"),
     }
     return [_disk(name, folder) for name, folder in folders.items()]
 
@@ -137,7 +136,7 @@ def disks(asked: Asked) -> list[Line]:
 def _disk(name: str, folder: Path) -> Line:
     try:
         there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    except PermissionError as fault:  # of a folder of somebody else's not even this can be asked
+    except OSError as fault:  # of a folder of somebody else's not even this can be asked, nor of too long a name
         return error("disk", f"{name}: {folder} cannot be looked at ({fault.strerror})", "Write a folder of your own")
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         return error("disk", f"{name}: {folder} cannot be written to", f"Make {there} a folder that you may write to")

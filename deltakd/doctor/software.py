@@ -12,7 +12,7 @@ import psutil
 
 import deltakd
 from deltakd.doctor.gpus import nvidia_devices
-from deltakd.doctor.lines import Asked, Line, error, ok, warning
+from deltakd.doctor.lines import Asked, Line, error, home, ok, warning
 
 REQUIREMENTS = Path(deltakd.__file__).parents[1] / "requirements.txt"
 OLDEST = (3, 11)
@@ -102,7 +102,7 @@ def extension_folder() -> Path:
     """Return where torch puts the ops that it compiles."""
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(given or f"{cache}/torch_extensions").expanduser()
+    return home(given or f"{cache}/torch_extensions")
 
 
 def deepspeed(asked: Asked) -> list[Line]:

@@ -287,3 +287,13 @@ def test_slurm_is_complete_absent_or_named_for_what_is_missing(tmp_path, monkeyp
     assert around.slurm(asked())[0].text.startswith("slurm 23.11.4; inside job 77: ntasks 8")
     (tmp_path / "squeue").unlink()
     assert around.slurm(asked())[0].status == "warning"
+
+
+@pytest.mark.parametrize("folder", ["~nobody-of-this-name/x", "/" + 300 * "x"])
+def test_a_folder_that_cannot_be_is_no_bug_of_ours(folder, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", folder[:100])
+    for name in ("HF_HOME", "HF_TOKEN_PATH"):
+        monkeypatch.setenv(name, folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    lines = examine.examine(asked(runs=Path(folder)))
+    assert not [str(line) for line in lines if "Report it" in line.todo]
