@@ -76,7 +76,7 @@ class Run:
         most = train.tokens_per_micro_batch
         if train.examples_per_micro_batch is not None:
             most = min(most, train.examples_per_micro_batch * self.document)
-        own = ceil(train.tokens_per_step / num_students)
+        own = max(ceil(train.tokens_per_step / num_students), self.document)  # which no two ranks share
         return min(most, own), ceil(own / most)
 
     @property

@@ -67,6 +67,9 @@ def test_the_foretold_speed_is_the_simulations():
 def test_twice_the_nodes_are_nearly_twice_as_fast_until_weights_bind():
     one, two = (plan("ultrachat", [], gpus="8xH100", nodes=nodes).tokens_per_s for nodes in (1, 2))
     assert 1.6 < two / one <= 2.01
+    # 128 documents of 2,048 tokens make a step: more students than that have nothing to do.
+    many = [plan("ultrachat", [], gpus="8xH100", nodes=nodes, stage="sft") for nodes in (16, 512)]
+    assert many[1].tokens_per_s <= many[0].tokens_per_s and "room for" in many[1].notes[-1]
     slow = ["train.tokens_per_micro_batch=2048"]
     assert plan("ultrachat", slow, gpus="8xRTX4090", nodes=1, stage="sft").best.binds == "network"
 
