@@ -159,6 +159,27 @@ def test_bytes_of_a_parameter_are_those_of_the_engines():
     assert state_of(8, "models.lora={rank: 16}") < 0.3  # frozen weights, sharded; next to nothing beside them
 
 
+def test_a_rank_receives_what_its_collectives_move():
+    """Of P parameters in 2 bytes over 4 ranks, three quarters come from others, and as often as they are gathered."""
+    received = {}
+    for stage in (1, 2, 3):
+        run = run_of("ultrachat", f"engine.zero_stage={stage}")
+        of_all = 0.75 * run.student.num_parameters
+        received[stage] = (work.gather_bytes(run, 4) / of_all, work.step_bytes(run, 4) / of_all)
+    assert received == {1: (0, 4 + 2), 2: (2, 2), 3: (2 * 2 + 2, 0)}  # a micro-batch; a step
+    rows = work.traffic(run, 8, 4, read_hardware()["H100"])
+    assert all(row["network_bytes"] == row["pcie_bytes"] > 0 for row in rows)
+    h100 = read_hardware()["H100"]
+    assert 8 * h100.between(2, 8) == h100.between(2, 1) < h100.between(1, 8)
+
+
+def test_weights_that_wait_in_host_memory_are_not_on_the_device():
+    runs = [run_of("ultrachat", f"engine={{name: fsdp2, offload: {one}}}") for one in ("none", "all")]
+    here, waiting = (memory.student_memory(run, 8, read_hardware()["H100"]) for run in runs)
+    assert "weights" in here.device and "weights" not in here.host
+    assert "weights" in waiting.host and "weights" not in waiting.device
+
+
 def test_each_part_of_the_state_has_its_bytes_by_name():
     """An offload takes parts by their names: what is a gradient must not be called a weight."""
     p = run_of().student.num_parameters

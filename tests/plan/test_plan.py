@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from deltakd.__main__ import main
 from deltakd.base.errors import ModelError, RunError
@@ -50,6 +51,45 @@ def test_the_split_is_the_fastest_that_fits():
     steps = [split.step_s for split in planned.found]
     lowest = steps.index(min(steps))
     assert steps == sorted(steps[: lowest + 1], reverse=True) + sorted(steps[lowest + 1 :])
+
+
+def thin(tmp_path, **numbers):
+    """Write H100s of which some numbers are others."""
+    entry = yaml.safe_load(OURS.read_text())["H100"] | numbers
+    path = tmp_path / f"{len(numbers)}.yaml"
+    path.write_text(yaml.safe_dump({"thin": entry}))
+    return str(path)
+
+
+def test_hours_are_those_of_all_steps():
+    planned = plan("ultrachat", [], gpus="8xH100")
+    train = planned.run.recipe.train
+    assert 3600 * planned.hours * planned.tokens_per_s == pytest.approx(train.steps * train.tokens_per_step)
+
+
+def test_host_memory_can_be_lacking_too(tmp_path):
+    little = thin(tmp_path, host_memory_gib=12)
+    with pytest.raises(RunError, match="a node's host memory needs"):
+        plan("ultrachat", ["engine.offload=optimizer"], gpus="8xthin", hardware_file=little)
+    notes = plan("ultrachat", ["engine.zero_stage=1"], gpus="8xthin", hardware_file=little).notes
+    assert any("every student rank first loads the model whole" in note for note in notes)
+    assert not any("loads the model whole" in note for note in plan("ultrachat", [], gpus="8xH100").notes)
+
+
+def test_parts_of_a_teacher_wait_for_each_other(tmp_path):
+    split = "teachers={tensor_parallel: 2, per_node: 4}"
+    fast, slow = (
+        next(one for one in plan("ultrachat", [split], gpus="8xthin", hardware_file=file).found if one.teachers == 4)
+        for file in (thin(tmp_path), thin(tmp_path, nvlink_gbs=1))
+    )
+    assert slow.teacher_s > 2 * fast.teacher_s
+
+
+def test_only_what_is_worth_it_is_advised_smaller_micro_batches_among_it():
+    large = plan("ultrachat", ["train.tokens_per_micro_batch=65536"], gpus="8xL40S")
+    assert any("tokens_per_micro_batch=16384" in change.setting for change in large.changes)
+    for planned in (large, plan("ultrachat", [], gpus="8xH100"), plan("ultrachat/lora", [], gpus="8xH100")):
+        assert all(change.step_s < 0.98 * planned.best.step_s for change in planned.changes)
 
 
 def test_a_reader_is_told_that_narrow_models_are_slower_than_planned():
