@@ -210,7 +210,9 @@ def failure(stage: str, log: Path, code: int) -> DeltaKDError:
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("deltakd: ")]
     if said:
         kind = Stopped if code == EXIT_STOPPED or "deltakd: stopped by " in said[-1] else RunError  # torchrun returns 1
-        return kind(f"stage {stage}: {said[-1].removeprefix('deltakd: ')}")
+        word = said[-1].removeprefix("deltakd: ")
+        # We pass a request to stop on by SIGTERM, whatever it came by.
+        return kind(f"stage {stage}: {word.replace('stopped by SIGTERM', 'stopped') if kind is Stopped else word}")
     if code == EXIT_STOPPED:  # its launcher may end before its ranks have kept their state and said so
         return Stopped(f"stage {stage}: stopped; its ranks keep what is trained. The same command goes on.")
     return RunError(f"stage {stage}: ended with exit code {code} before it was finished. Look at {log}.")

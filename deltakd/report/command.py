@@ -28,7 +28,8 @@ def run_report(options: argparse.Namespace) -> None:
 
     places = _places(options)
     material = gather(options.paths)
-    title = options.title or material.found.root.name or "runs"
+    whole = Path(options.paths[0]).resolve() if len(options.paths) == 1 else material.found.root
+    title = options.title or whole.name or "runs"
     texts = {
         "-o": lambda: page(material, title),
         "--markdown": lambda: markdown(material.tables),

@@ -50,7 +50,7 @@ def test_the_page_forbids_its_scripts_to_fetch(opened):
 
 
 def test_a_page_that_is_printed_has_every_chart_though_nobody_has_scrolled(opened):
-    page = opened().page
+    page = opened(fresh=True).page
     drawn = "[...document.querySelectorAll('.chart')].filter((one) => one.querySelector('.main-svg')).length"
     assert page.evaluate(drawn) < page.locator(".chart").count()
     page.evaluate("dispatchEvent(new Event('beforeprint'))")

@@ -115,7 +115,8 @@ def test_a_teacher_that_is_asked_to_leave_before_a_student_came_is_no_success(la
     """Its launcher would take exit code 0 for that, and the students would wait for a teacher."""
     running = Running(lab, "asked_early", ranks=2)
     wait_until(lambda: list((running.directory / "logs").glob("teacher-*.yaml")), "a teacher's recipe")
-    (teacher,) = (one.pid for one in running.family() if any(Path(word).name == "teacher.py" for word in cmdline(one)))
+    found = [one for one in running.family() if any(Path(word).name == "teacher.py" for word in cmdline(one))]
+    teacher = min(found, key=lambda one: one.create_time()).pid  # a child that it starts bears its words at first
     assert running.is_sent(signal.SIGTERM, teacher) == 75
     assert "stopped by a signal before a student came" in running.log.read_text()
 
