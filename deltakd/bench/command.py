@@ -26,6 +26,7 @@ MEASUREMENTS = {
     "transport": "from one process to another: shared memory beside TCP, queues and pickle, as a share of memcpy",
 }
 
+INTO_FOLDERS = ("variants", "pictures")
 DRAWN = ("variants", "growth", "pictures")  # with plots beside the numbers
 
 
@@ -139,9 +140,14 @@ def _add_of_shapes(kind: Callable[[str, str], argparse.ArgumentParser]) -> None:
 
 
 def run_bench(options: argparse.Namespace) -> None:
-    """Start the measurement that the options name. Raises RunError, before it, where nothing could draw its plots."""
+    """Start the measurement that the options name.
+
+    Raises RunError, before it, where nothing could draw its plots, or where a folder has its file's name.
+    """
     if options.measurement in DRAWN and find_spec("matplotlib") is None:
         raise RunError(f"bench {options.measurement}: matplotlib is not installed. Run `make install-dev`.")
+    if options.measurement not in INTO_FOLDERS and options.out.is_dir():
+        raise RunError(f"--out: {options.out} is a folder. Write the name of a file.")
     if options.measurement == "losses":
         from deltakd.bench import losses
 

@@ -59,7 +59,11 @@ def test_bench_payloads_finds_hidden_states_nearest_and_top_k_farthest(lab, tmp_
 
 @pytest.mark.parametrize(
     "command, words",
-    [(["bench", "losses", "--only=ours"], "ours is no candidate"), (["bench", "variants", "x.yaml"], "x.yaml")],
+    [
+        (["bench", "losses", "--only=ours"], "ours is no candidate"),
+        (["bench", "variants", "x.yaml"], "x.yaml"),
+        (["bench", "step", "--out=tests"], "--out: tests is a folder. Write the name of a file."),
+    ],
 )
 def test_what_cannot_be_measured_is_said_in_one_sentence(command, words, capsys):
     assert main(command) == 2
